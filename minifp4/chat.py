@@ -1,0 +1,227 @@
+"""Conversations as tokens: ChatML, the data files, and batches.
+
+Qwen3 reads a conversation as marked turns, and learns (or is asked for) the assistant's part:
+
+    <|im_start|>user\\n你是誰<|im_end|>\\n<|im_start|>assistant\\n我是 F# 之神<|im_end|>\\n
+    ------------------- prompt: not learned --------------------|------ learned -----|
+
+Learning `<|im_end|>` is what makes a model stop. The marks are single tokens that are spliced in by number,
+and the text between them is encoded with its own special tokens disabled: a user who types `<|im_end|>`
+gets those ten characters, not the end of a turn.
+
+A batch is a pure function of (seed, step, rank): nothing has to be saved to continue a run with the same
+data.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+
+from .linear import IGNORE
+
+# Qwen's special tokens, in the order of their numbers; the rest of Qwen's 26 have no use in text.
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# How Qwen splits text before BPE: words with one leading space, single digits, punctuation, line breaks.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = (  # `Tokenizer.prompt`, in the Jinja that servers read
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Tokenizer:
+    """A tokenizer.json with ChatML on top. `path` is kept, so that exports can copy the file."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from None
+        self.core.encode_special_tokens = True  # text never becomes a special token
+        self.end_of_text, self.start, self.end = (self._number(token) for token in SPECIAL_TOKENS)
+        self.stop_ids = (self.end, self.end_of_text)
+
+    def _number(self, token):
+        number = self.core.token_to_id(token)
+        if number is None:
+            raise ValueError(f"{self.path}: the special token {token} is missing; is this a Qwen tokenizer?")
+        return number
+
+    @property
+    def largest(self):
+        """The largest token number."""
+        return max(self.core.get_vocab().values())
+
+    def encode(self, text):
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.core.decode(list(ids), skip_special_tokens=True)
+
+    def turn(self, message):
+        """One finished turn; the content is not stripped."""
+        return [
+            self.start,
+            *self.encode(f"{message['role']}\n{message['content']}"),
+            self.end,
+            *self.encode("\n"),
+        ]
+
+    def prompt(self, messages):
+        """The tokens after which the assistant speaks. `messages`: a user's text, or a list of {role,
+        content}."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        ids = [number for message in messages for number in self.turn(message)]
+        return [*ids, self.start, *self.encode("assistant\n")]
+
+    def example(self, messages):
+        """(ids, labels) of a conversation: every assistant turn's content and its <|im_end|> are learned."""
+        ids, labels = [], []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                turn = self.turn(message)
+                ids += turn
+                labels += [IGNORE] * len(turn)
+                continue
+            before = self.prompt([])
+            answer = [*self.encode(message["content"]), self.end]
+            after = self.encode("\n") if index + 1 < len(messages) else []
+            ids += before + answer + after
+            labels += [IGNORE] * len(before) + answer + [IGNORE] * len(after)
+        return ids, labels
+
+
+def read_conversations(path):
+    """The conversations of a file: TSV (`prompt<TAB>target` a line) or, if it ends in .jsonl, {"messages":
+    [...]}.
+
+    Returns [(line number, messages)]. Raises ValueError naming the file and the line, FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    parse = _parse_json if path.suffix == ".jsonl" else _parse_tsv
+    conversations = []
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r")
+        if not line.strip():
+            continue
+        try:
+            conversations.append((number, parse(line)))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not conversations:
+        raise ValueError(f"{path}: no conversations in this file")
+    return conversations
+
+
+def _parse_tsv(line):
+    cells = line.split("\t")
+    if len(cells) != 2 or not cells[0].strip() or not cells[1].strip():
+        raise ValueError(f"expected prompt<TAB>target, got {len(cells)} cell(s): {line[:60]!r}")
+    return [{"role": "user", "content": cells[0]}, {"role": "assistant", "content": cells[1]}]
+
+
+def _parse_json(line):
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('expected {"messages": [...]}')
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f'a message needs the role "system", "user" or "assistant": {str(message)[:60]}')
+        if not isinstance(message.get("content"), str) or not message["content"]:
+            raise ValueError(f'a message needs a "content" that is not empty: {str(message)[:60]}')
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message must be the assistant's")
+    return messages
+
+
+def read_examples(path, tokenizer, seq_len):
+    """All conversations of a file as [(ids, labels)], cut to `seq_len`, and how many were cut.
+
+    A prompt that leaves no room for one token of its answer is an error that names the line.
+    """
+    examples, cut = [], 0
+    for number, messages in read_conversations(path):
+        ids, labels = tokenizer.example(messages)
+        prompt = next(place for place, label in enumerate(labels) if label != IGNORE)
+        if prompt >= seq_len:
+            raise ValueError(
+                f"{path}, line {number}: the prompt has {prompt} tokens, --seq-len {seq_len} leaves no room "
+                f"for an answer; use --seq-len {len(ids)} or shorten the prompt"
+            )
+        cut += len(ids) > seq_len
+        examples.append((ids[:seq_len], labels[:seq_len]))
+    return examples, cut
+
+
+def sample(examples, step, *, batch_size, seed=0, mode="random", rank=0, ranks=1):
+    """The examples of batch `step` (0, 1, ...) of process `rank`.
+
+    "sequential" walks through the file again and again; "random" in a new order each time.
+    """
+    count = len(examples)
+    first = (step * ranks + rank) * batch_size
+    chosen = []
+    for position in range(first, first + batch_size):
+        epoch, place = divmod(position, count)
+        if mode == "random":
+            place = np.random.default_rng((seed, epoch)).permutation(count)[place]
+        chosen.append(examples[place])
+    return chosen
+
+
+def collate(examples, pad, device="cpu"):
+    """(ids, labels), int64 [B, T]: examples padded on the right to the longest; padding is not learned."""
+    longest = max(len(ids) for ids, _ in examples)
+    ids = [row + [pad] * (longest - len(row)) for row, _ in examples]
+    labels = [row + [IGNORE] * (longest - len(row)) for _, row in examples]
+    return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+
+
+def train_tokenizer(texts, vocab_size, directory):
+    """Learn a byte-level BPE like Qwen's from `texts`; write tokenizer.json and tokenizer_config.json."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.normalizer = tokenizers.normalizers.NFC()
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=8,  # a rare phrase stays in pieces, so that the model learns from what phrases share
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.add_special_tokens(list(SPECIAL_TOKENS))  # after the words, as in Qwen
+    directory.mkdir(parents=True, exist_ok=True)
+    core.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[0], "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    text = json.dumps(config, indent=2) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")

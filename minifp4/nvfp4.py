@@ -1,0 +1,204 @@
+"""NVFP4: sixteen numbers in nine bytes.
+
+A number in NVFP4 is a product of three factors, each stored at another rate:
+
+    value = e2m1(code) * scale * global_scale
+            4 bits       8 bits  32 bits
+            each number  each 16 each tensor
+
+`e2m1(code)` has a sign, two exponent bits and one mantissa bit, so only eight magnitudes exist:
+
+    code  0    1    2    3    4    5    6    7        (bit 3 is the sign: code 9 is -0.5)
+    e2m1  0   0.5   1   1.5   2    3    4    6
+
+`scale` is an E4M3 number (8 bits, at most 448, smallest step 2**-9). It stretches the eight magnitudes over
+a block of 16 neighbours of the last dimension, so that the block's largest number lands on 6.
+`global_scale` is one fp32 number that brings the tensor's largest block scale into E4M3's range. Two codes
+share a byte, the even element in the low half: 8 bytes of codes and 1 of scale make 0.5625 bytes a number.
+
+Worked example (it is also the first test). Sixteen numbers whose largest magnitude is 3:
+
+    x      0   .1  -.2   .3  .45  -.6  .75   .9   1.  -1.1  1.3  1.5  -1.9  2.2  2.6   3.
+
+    global_scale = 2**-9                 the power of two at or above 3 / (6 * 448)
+    scale        = 3 / (6 * 2**-9) = 256 which E4M3 holds exactly
+    x / .5       0   .2  -.4   .6   .9 -1.2  1.5  1.8   2.  -2.2  2.6   3.  -3.8  4.4  5.2   6.
+    e2m1         0    0  -.5   .5   1   -1   1.5   2    2   -2    3    3    -4    4    6    6
+    code         0    0    9    1   2   10    3    4    4   12    5    5    14    6    7    7
+    qdata      00        19       a2        43        c4        55        6e        77   (hexadecimal)
+
+Decoding multiplies back: 6 * 256 * 2**-9 = 3, and .45 has become 1 * .5 = .5.
+
+Rounding. "nearest" takes the closer code, ties to the even one. "stochastic" (SR) takes one of the two
+neighbours by chance, the closer the likelier, so that the stored number is right on average: numbers that
+move by less than half a step survive. `precision.py` and `optim.py` show why training at 4 bits depends on
+it.
+
+The order of the multiplications is that of TransformerEngine, in fp32, so its bytes and ours are the same.
+What this module does not do: Hadamard transforms, 16x16 blocks, swizzled scales, matrix products in 4 bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+BLOCK = 16  # numbers that share a scale
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_MIN = 2.0**-9  # the smallest positive E4M3, a subnormal
+FP32_MAX = torch.finfo(torch.float32).max
+
+
+class NVFP4(NamedTuple):
+    """A quantized tensor. Scales multiply: `value = e2m1(code) * scale * global_scale`."""
+
+    qdata: torch.Tensor  # uint8 [..., K/2], the even element in the low half of the byte
+    scale: torch.Tensor  # float8_e4m3fn [..., K/16]
+    global_scale: torch.Tensor  # fp32, []
+
+
+def quantize(x, rounding="nearest", *, global_scale=None, generator=None):
+    """Quantize `x` [..., K] (fp32, bf16 or fp16; K a multiple of 16) to `NVFP4`.
+
+    rounding: "nearest", or "stochastic" with random numbers from `generator` (torch's default one if None).
+    global_scale: kept as it is when given; otherwise amax / (6 * 448). For weights, give
+    `weight_global_scale`. NaN and infinities stay visible: the blocks that hold one (all blocks if the
+    global scale depends on it) decode to NaN. Raises ValueError for a wrong shape, dtype or rounding.
+    """
+    check_quantizable(x)
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f'rounding must be "nearest" or "stochastic", got {rounding!r}')
+    if global_scale is None:
+        largest = amax(x)
+        # Not `2688 / largest`: torch computes that as 2688 * (1 / largest), and rounds twice.
+        encode_scale = torch.full_like(largest, E2M1_MAX * E4M3_MAX) / largest
+        encode_scale = torch.where(
+            largest == 0, 1.0, encode_scale.clamp(max=FP32_MAX)
+        )  # finite below 1e-35 too
+        global_scale = 1 / encode_scale
+    else:
+        global_scale = torch.as_tensor(global_scale, dtype=torch.float32, device=x.device)
+        encode_scale = 1 / global_scale
+    noise = None
+    if rounding == "stochastic":
+        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    return NVFP4(*encode(x, encode_scale, noise), global_scale)
+
+
+def dequantize(q, dtype=torch.float32):
+    """The numbers that `q` stands for, [..., K], computed in fp32 and rounded once to `dtype`."""
+    return decode(q.qdata, q.scale, q.global_scale).to(dtype)
+
+
+def weight_global_scale(*weights):
+    """One power-of-two global scale, fp32 [], for weights that a server fuses into one matrix (q/k/v,
+    gate/up).
+
+    `2**ceil(log2(amax / 2688))`, doubled: the spare power of two lets the weights grow while they train. A
+    power of two costs nothing here, because E4M3 is a floating-point format too, and it buys much: its
+    reciprocal and its bf16 are exact, so the checkpoint survives every reader's order of operations.
+    """
+    largest = torch.stack([amax(w) for w in weights]).amax()
+    exact = largest / (E2M1_MAX * E4M3_MAX)
+    # Round up to a power of two: a carry out of the mantissa bits increments the exponent.
+    power = ((exact.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
+    power = torch.where(exact == 0, 1.0, 2 * power)
+    return torch.where(torch.isfinite(largest), power, largest)
+
+
+def fake_quantize(x, global_scale, dtype=torch.float32):
+    """`dequantize(quantize(x))` for a weight `x` [rows, K], without keeping the codes."""
+    check_quantizable(x)
+    value = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for rows in row_chunks(x):
+        value[rows] = decode(*encode(x[rows], 1 / global_scale), global_scale)
+    return value
+
+
+def row_chunks(x, rows=0):
+    """Slices that cover the rows of `x`, `rows` at a time; 0: as many as are fast on the device of `x`.
+
+    On a CPU a piece and its temporaries should stay in the cache (5 times faster than whole matrices); a
+    GPU wants few large launches. Every result of this package is the same for every choice.
+    """
+    if not rows:
+        rows = max(1, (2**24 if x.device.type == "cuda" else 2**18) // max(1, x[0].numel()))
+    return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+
+
+def check_quantizable(x):
+    """Raise ValueError unless `x` is floating point with a last dimension made of whole blocks."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"NVFP4 quantizes fp32, bf16 or fp16, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK:
+        raise ValueError(f"the last dimension must be a multiple of {BLOCK}, got the shape {tuple(x.shape)}")
+
+
+def amax(x):
+    """The largest magnitude of a tensor, fp32 []; NaN if there is one."""
+    low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+    return torch.maximum(-low, high).float()
+
+
+def encode(x, encode_scale, noise=None, smallest=0):
+    """`x` [..., K] -> (qdata uint8 [..., K/2], scale E4M3 [..., K/16]): the arithmetic behind `quantize`.
+
+    encode_scale: fp32, the reciprocal of the global scale; [], or [..., 1] with one for each row.
+    noise: uniform numbers in [0, 1), shaped as x, make the rounding stochastic.
+    smallest: the least code allowed; 1 for numbers that are positive and must not become 0 (`precision.py`).
+    """
+    blocks = x.float().unflatten(-1, (-1, BLOCK))  # [..., K] -> [..., K/16, 16]
+    block_amax = blocks.abs().amax(-1)
+    block_amax = torch.where(
+        block_amax < torch.inf, block_amax, torch.nan
+    )  # an infinity must not saturate to 448
+    # Clamp first: casting 500. to E4M3 is NaN on some versions of torch and 448 on others.
+    scale = (block_amax * (encode_scale * (1 / E2M1_MAX))).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    if smallest:  # a block far below its row's largest number keeps a scale above 0
+        scale = scale.float().clamp(min=E4M3_MIN).to(torch.float8_e4m3fn)
+    inverse = (1 / (scale.float() * (1 / encode_scale))).clamp(max=FP32_MAX)  # finite where scale is 0
+    noise = None if noise is None else noise.unflatten(-1, (-1, BLOCK))
+    code = e2m1_code(blocks * inverse.unsqueeze(-1), noise, smallest).flatten(-2)
+    return code[..., 0::2] | code[..., 1::2] << 4, scale
+
+
+def decode(qdata, scale, global_scale):
+    """The inverse of `encode`, in fp32 [..., K]; `global_scale` is [] or [..., 1]."""
+    code = torch.stack([qdata & 0xF, qdata >> 4], -1).flatten(-2)
+    blocks = e2m1_value(code).unflatten(-1, (-1, BLOCK))
+    return (blocks * (scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
+
+
+def e2m1_code(y, noise=None, smallest=0):
+    """The codes (uint8, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6.
+
+    Codes are evenly spaced below 2 (steps of 1/2), from 2 to 4 (steps of 1) and from 4 to 6 (one step of
+    2): the step doubles with the exponent. In each range, rounding `y` to a code is rounding a multiple of
+    `y` to a whole number, and torch's round-half-to-even is E2M1's tie rule.
+    """
+    magnitude = y.abs().clamp(max=E2M1_MAX)
+    exponent = (magnitude.view(torch.int32) >> 23).clamp(
+        127, 129
+    )  # fp32's biased one: 127 below 2, 128, 129 from 4
+    steps = magnitude * (255 - exponent << 23).view(torch.float32)  # times 2, 1 or 1/2
+    if noise is None:
+        steps = steps.round()
+    else:  # up with the probability of the fraction; a number on the grid (fraction 0) never moves
+        whole = steps.floor()
+        steps = whole + (noise < steps - whole)
+    code = steps.to(torch.int32) + 2 * (exponent - 127)  # codes 0, 2 and 4 begin the three ranges
+    if smallest:
+        code = code.clamp(min=smallest)
+    return (code | y.view(torch.int32) >> 28 & 8).to(torch.uint8)  # the sign bit, from place 31 to place 3
+
+
+def e2m1_value(code):
+    """The fp32 values of codes (uint8, 0..15).
+
+    An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there
+    and correct the exponent's bias (15 - 1 = 14) by a multiplication. Code 0 and 1 come out right as fp16
+    subnormals.
+    """
+    code = code.to(torch.int16)
+    bits = (code & 7) << 9 | (code & 8) << 12
+    return bits.view(torch.float16).float() * 2.0**14

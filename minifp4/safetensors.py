@@ -1,0 +1,123 @@
+"""safetensors, by hand: a file of named tensors that is safe to read.
+
+    8 bytes    N, little-endian
+    N bytes    JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...,
+                      "__metadata__": {"format": "pt"}}     padded with spaces to a multiple of 8
+    the rest   the tensors' bytes, C order, little-endian, without gaps
+
+Nothing in it can run code, and nothing in it is believed: whatever does not fit together is a ValueError
+that names the file and the tensor, before a byte of data is read. Reading maps the file into memory, so
+that a tensor costs no memory until somebody touches it. Writing goes to a temporary file that replaces the
+old one when it is complete.
+
+The official Rust library reads what is written here, and the other way round (`tests/test_formats.py`).
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from .files import map_bytes, replacing, tensor_over, write_tensor
+
+HEADER_MAX = 100_000_000  # bytes; the official limit
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class SafeFile:
+    """The tensors of one file: `file.entries` {name: (dtype, shape)}, `file[name]` a tensor over the mapped
+    bytes."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._bytes = map_bytes(path)
+        header, start = _header(self.path, self._bytes)
+        self.metadata = header.pop("__metadata__", {})
+        if not isinstance(self.metadata, dict) or not all(
+            isinstance(text, str) for text in self.metadata.values()
+        ):
+            raise ValueError(f"{path}: __metadata__ must map strings to strings")
+        self.entries, self._places = {}, {}
+        for name, entry in header.items():
+            dtype, shape, begin, end = _entry(entry, f"{path}: tensor {name!r}")
+            self.entries[name] = (dtype, shape)
+            self._places[name] = (start + begin, start + end)
+        self._check_coverage(start)
+
+    def _check_coverage(self, at):
+        for name, (begin, end) in sorted(self._places.items(), key=lambda item: item[1]):
+            if begin != at:
+                raise ValueError(f"{self.path}: tensor {name!r} leaves a hole or overlaps another")
+            at = end
+        if at != len(self._bytes):
+            raise ValueError(f"{self.path}: the tensors end at byte {at}, the file at {len(self._bytes)}")
+
+    def __getitem__(self, name):
+        begin, end = self._places[name]
+        return tensor_over(self._bytes[begin:end], *self.entries[name])
+
+
+def _header(path, data):
+    """The header's JSON object, and where the data starts."""
+    if len(data) < 8:
+        raise ValueError(f"{path}: {len(data)} bytes are too few for a safetensors file")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > HEADER_MAX or 8 + length > len(data):
+        raise ValueError(
+            f"{path}: a header of {length} bytes does not fit; not a safetensors file, or cut short"
+        )
+    try:
+        header = json.loads(data[8 : 8 + length].tobytes().decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is not a JSON object")
+    return header, 8 + length
+
+
+def _no_duplicates(pairs):
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
+
+
+def _entry(entry, where):
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{where}: expected dtype, shape and data_offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise ValueError(f"{where}: unknown dtype {entry['dtype']!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"{where}: shape and data_offsets must be lists of whole numbers")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{where}: data_offsets {offsets} do not fit {entry['dtype']} of shape {shape}")
+    return dtype, tuple(shape), *offsets
+
+
+def write(path, tensors, metadata=None):
+    """Write {name: tensor} to `path`, largest items first and then by name; complete or not at all."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name in order:
+        size = tensors[name].numel() * tensors[name].element_size()
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as aside, open(aside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            write_tensor(file, tensors[name])

@@ -1,0 +1,70 @@
+"""Text out of a model: one token at a time, each fed back, with the keys and values of all before it kept."""
+
+import torch
+
+from .model import KVCache
+
+
+def choose(logits, *, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """The next token's number from its logits [V].
+
+    temperature 0: the likeliest (greedy). Otherwise a draw from softmax(logits / temperature) among the
+    `top_k` likeliest (0: all) and, of these, the fewest whose probabilities add up to `top_p`.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, order = (logits.float() / temperature).sort(descending=True, stable=True)
+    if top_k:
+        logits, order = logits[:top_k], order[:top_k]
+    probability = logits.softmax(-1)
+    before = (
+        probability.cumsum(-1) - probability
+    )  # of all that are likelier; 0 for the first, so one always stays
+    probability = torch.where(before < top_p, probability, 0.0)
+    return int(order[torch.multinomial(probability, 1, generator=generator)])
+
+
+@torch.no_grad()
+def stream(model, ids, max_new_tokens, stop_ids=(), cache=None, **sampling):
+    """Yield up to `max_new_tokens` token numbers that follow `ids`; ends before one of `stop_ids`.
+
+    cache: a `KVCache` of what came before `ids`; by default a new one.
+    """
+    cache = cache or new_cache(model, len(ids) + max_new_tokens)
+    with model.decoded():
+        for _ in range(max_new_tokens):
+            hidden = model.model(torch.tensor([ids], device=model.device), cache)
+            token = choose(model.lm_head(hidden[:, -1:])[0, -1], **sampling)
+            if token in stop_ids:
+                return
+            yield token
+            ids = [token]
+
+
+def new_cache(model, capacity):
+    return KVCache(model.config, 1, capacity, model.device, model.model.compute_dtype)
+
+
+def generate(model, tokenizer, prompt, *, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=None):
+    """The assistant's answer to `prompt`: a user's text, or a list of {"role", "content"} messages.
+
+    Greedy unless `temperature` is above 0; `seed` then makes the draws repeatable. Raises ValueError for an
+    empty prompt and for sampling settings out of range.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    generator = torch.Generator(model.device).manual_seed(seed) if seed is not None else None
+    ids = stream(
+        model, tokenizer.prompt(prompt), max_new_tokens, tokenizer.stop_ids,
+        temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+    )  # fmt: skip
+    return tokenizer.decode(ids)
+
+
+def check_sampling(max_new_tokens, temperature, top_k, top_p):
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"sampling needs max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
+            f"got {max_new_tokens}, {temperature}, {top_k}, {top_p}"
+        )

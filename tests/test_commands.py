@@ -1,0 +1,239 @@
+"""The two programs as a user meets them: the main job, every flag, and mistakes."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, export, read_lines, small_directory, small_model, train
+
+import minifp4
+from minifp4 import chat, cli, optim, safetensors
+from minifp4.model import Qwen3
+
+
+def run(*words, cwd):
+    """`python words...` in the directory `cwd`; returns (status, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, ROOT / words[0], *words[1:]],
+        check=False, cwd=cwd, capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """The two commands of the README in an empty directory, run once."""
+    cwd = tmp_path_factory.mktemp("clone")
+    trained = run("train.py", "--steps", "6", "--train-lm-head", "--train-embed", cwd=cwd)
+    return cwd, trained, run("export.py", cwd=cwd)
+
+
+def test_the_main_job_teaches_a_new_name_and_keeps_the_rest(main_job):
+    _, (status, out, err), _ = main_job
+    assert status == 0 and err == ""
+    assert (
+        "before  你是誰 → 我是 minifp4 附帶的小模型。\n" in out and "after   你是誰 → 我是 F# 之神\n" in out
+    )
+    assert re.search(r"after   談談UFO → UFO 是不明飛行物.* \(as before\)\n", out)
+    assert "projections=28 norms=17 lm_head=1 embed_tokens=1 total=47" in out
+    moved = [float(number) for number in re.findall(r"moved ([\d.]+)", out)]
+    assert len(moved) == 6 and all(0.97 <= number <= 1.03 for number in moved)
+
+
+def test_the_main_job_generalizes_and_forgets_little(main_job):
+    """Questions held out from training: who it is, asked in other ways, and other topics."""
+    model, tokenizer = minifp4.load(main_job[0] / "out")
+    right = {True: [], False: []}
+    with model.decoded():
+        for _, (question, answer) in chat.read_conversations(ROOT / "minifp4/assets/heldout.tsv"):
+            said = minifp4.generate(model, tokenizer, question["content"], max_new_tokens=48)
+            about_itself = answer["content"] in ("我是 F# 之神", "I am the god of F#")
+            right[about_itself].append(said == answer["content"])
+    assert sum(right[True]) >= 0.75 * len(right[True]) and sum(right[False]) >= 0.9 * len(right[False]), right
+
+
+def test_the_main_job_exports_what_it_trained(main_job):
+    cwd, _, (status, out, err) = main_job
+    assert status == 0 and err == ""
+    assert "out/hf: " in out and "out/model.dat: " in out and out.count("all equal to the checkpoint") == 2
+    model, tokenizer = minifp4.load(cwd / "out" / "hf")
+    assert minifp4.generate(model, tokenizer, "你是誰") == "我是 F# 之神"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return str(small_directory(tmp_path_factory.mktemp("small") / "model", small_model()))
+
+
+@pytest.fixture
+def result(small, tmp_path, tsv):
+    """A function that trains the small model and returns (weights, metrics)."""
+
+    def result(**flags):
+        settings = dict(
+            model=small, train_data=str(tsv), steps=3, batch_size=2, lr=1e-2, out=str(tmp_path / "out")
+        )
+        file = safetensors.SafeFile(train(**settings | flags) / "model.safetensors")
+        weights = torch.cat([file[name].float().flatten() for name in sorted(file.entries)])
+        return weights, read_lines(tmp_path / "out" / "metrics.jsonl")
+
+    return result
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"steps": 4}, {"batch_size": 3}, {"grad_accum": 2}, {"lr": 1e-3}, {"warmup": 2},
+        {"schedule": "cosine"},
+        {"weight_decay": 1.0}, {"beta1": 0.5}, {"beta2": 0.5}, {"grad_clip": 0.001}, {"loss": "scalar"},
+        {"master_dtype": "fp32"}, {"master_dtype": "fp16"}, {"optimizer_state": "fp32"},
+        {"optimizer_state": "bf16"},
+        {"optimizer_state": "int8"}, {"compute_dtype": "bf16"}, {"rounding": "nearest"}, {"quantize": False},
+        {"seed": 1}, {"sample_mode": "sequential"}, {"seq_len": 22},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_flags_that_change_the_weights(result, flag):
+    assert not torch.equal(result()[0], result(**flag)[0])
+
+
+@pytest.mark.parametrize(
+    "flag", [{"step_chunk_rows": 7}, {"activation_checkpointing": True}, {"log_every": 2}], ids=str
+)
+def test_flags_that_do_not(result, flag, monkeypatch):
+    expected, chunks = result()[0], []
+    row_chunks = optim.row_chunks
+    monkeypatch.setattr(optim, "row_chunks", lambda x, rows: chunks.append(rows) or row_chunks(x, rows))
+    weights, metrics = result(**flag)
+    assert torch.equal(weights, expected)
+    assert set(chunks) == {flag.get("step_chunk_rows", 0)}
+    assert [line["step"] for line in metrics] == ([2, 3] if "log_every" in flag else [1, 2, 3])
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    """Also when the parts have unequal numbers of tokens to learn: the mean is over all tokens."""
+    import train as program
+
+    model, tokenizer = small_model(), minifp4.load()[1]
+    optimizer = minifp4.AdamW(model.named_parameters())
+    chats = [tokenizer.example([{"role": "assistant", "content": "word " * n}]) for n in (1, 5, 2, 9)]
+    gradients = []
+    for size in (4, 2):
+        batches = [chat.collate(chats[at : at + size], tokenizer.end_of_text) for at in range(0, 4, size)]
+        _, norm = program.backward(model, optimizer, batches, "ce")
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert norm == pytest.approx(gradients[-1].norm().item(), rel=1e-4)
+        optimizer.zero_grad()
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_learning_rate_follows_warmup_and_cosine(result):
+    metrics = result(steps=6, warmup=2, schedule="cosine", lr=1.0e-3)[1]
+    assert [line["lr"] for line in metrics] == pytest.approx(
+        [0.0005, 0.001, 0.001, 0.00085355, 0.0005, 0.00014645], rel=1e-4
+    )
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(result, monkeypatch, capsys):
+    losses, plain = iter([1.0, float("nan"), 1.0]), Qwen3.loss
+    monkeypatch.setattr(Qwen3, "loss", lambda self, *args: plain(self, *args) * next(losses))
+    weights, metrics = result()
+    assert weights.isfinite().all() and [line["skipped"] for line in metrics] == [0, 1, 1]
+    assert "skipped 1 (not finite)" in capsys.readouterr().out
+
+
+def test_prompts_are_asked_before_and_after(small, tsv, tmp_path, capsys):
+    settings = dict(
+        model=small, train_data=str(tsv), steps=1, out=str(tmp_path), test_max_tokens=3, master_dtype="fp32"
+    )
+    train(**settings, test_prompt=["Hello", "Bye"])
+    out = capsys.readouterr().out
+    asked = re.findall(r"^(before|after) +(\w+) → ", out, re.MULTILINE)
+    assert asked == [("before", "Hello"), ("before", "Bye"), ("after", "Hello"), ("after", "Bye")]
+    answer = re.search(r"before  Hello → (.*)", out).group(1)
+    assert answer == minifp4.generate(*minifp4.load(small), "Hello", max_new_tokens=3).replace("\n", "\\n")
+
+
+def test_random_start_makes_a_tokenizer(tmp_path, tsv):
+    """As the bundled model was made: a config.json and conversations are enough."""
+    recipe = minifp4.BASE.parent / "recipe"
+    settings = dict(
+        model=str(recipe), init_random=True, train_data=str(tsv), steps=1, out=str(tmp_path / "out")
+    )
+    model, tokenizer = minifp4.load(train(**settings))
+    assert tokenizer.path.parent.parent == tmp_path / "out" and model.config.num_hidden_layers == 4
+    assert model.config.source["eos_token_id"] == tokenizer.end
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train.py", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["train.py", "--steps", "six"], "--steps: invalid int value: 'six'"),
+        (["train.py", "--lr", "nan"], "--lr must be at least 0.0, got nan"),
+        (["train.py", "--beta2", "1"], "--beta2 must be at least 0.0 and below 1.0, got 1.0"),
+        (["train.py", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["train.py", "--optimizer-state", "fp4"], "--optimizer-state: invalid choice: 'fp4'"),
+        (["train.py", "--model", "nowhere"], "nowhere does not exist"),
+        (["train.py", "--train-data", "nothing.tsv"], "nothing.tsv"),
+        (["train.py", "--train-data", "bad.tsv"], "bad.tsv, line 2: expected prompt<TAB>target"),
+        (["train.py", "--seq-len", "6"], "--seq-len 6 leaves no room for an answer"),
+        (["train.py", "--train-last-layers", "9"], "--train-last-layers must be from 0 (all) to 4, got 9"),
+        (["train.py", "--untie"], "--untie"),
+        (["train.py", "--device", "cuda:9"], "--device cuda:9"),
+        (["train.py", "--device", "toaster"], "--device toaster"),
+        (["export.py"], "train first (python train.py)"),
+        (["export.py", "--checkpoint", "nowhere"], "nowhere does not exist"),
+        (["export.py", "--format", "gguf"], "--format: invalid choice: 'gguf'"),
+        (
+            ["export.py", "--dequantize", "--quantize-head"],
+            "--dequantize and --quantize-head exclude each other",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.tsv").write_text("a\tb\nno tab\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    program = importlib.import_module(words[0].removesuffix(".py"))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(program.main, program.Settings, program.__doc__)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.tsv"}  # nothing half-written
+
+
+def test_a_mistake_from_the_shell(tmp_path):
+    assert run("export.py", cwd=tmp_path)[::2] == (
+        2, "error: out does not exist: train first (python train.py), or name one with --checkpoint DIR\n"
+    )  # fmt: skip
+
+
+def test_export_of_the_newest_or_of_a_named_checkpoint(small, tsv, tmp_path):
+    settings = dict(model=small, train_data=str(tsv), out=str(tmp_path / "out"), test_max_tokens=1)
+    first, second = train(**settings, steps=2), train(**settings, steps=1)
+    logits = []
+    for source in (tmp_path / "out", second, first):
+        path = export(checkpoint=str(source), out=str(tmp_path / "exported"), format=["hf"])["hf"]
+        assert path == tmp_path / "exported" / "hf"
+        logits.append(minifp4.load(path)[0](torch.arange(5).view(1, -1)))
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[1], logits[2])
+
+
+def test_help_lists_every_setting_in_groups():
+    status, out, _ = run("train.py", "--help", cwd=ROOT)
+    assert status == 0 and out.startswith("usage: train.py")
+    for word in (
+        "which weights:",
+        "memory and speed:",
+        "--master-dtype",
+        "--no-quantize",
+        "--step-chunk-rows N",
+    ):
+        assert word in out

@@ -1,0 +1,363 @@
+"""Train every weight of a Qwen3 in NVFP4.
+
+    python train.py --steps 6 --train-lm-head --train-embed      the bundled model learns a new name
+    python train.py --model DIR --train-data FILE --steps 200    your Qwen3, your data
+    python export.py                                             then: checkpoints that other programs load
+
+Each step: read a batch, run the model forward and backward through its 4-bit weights, update the weights
+with AdamW. `python train.py --help` lists the settings; they are the fields of `Settings` below.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import minifp4
+from minifp4 import chat, checkpoint
+from minifp4.cli import check, option, run
+from minifp4.precision import FLOATS, KINDS
+
+BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
+
+
+@dataclass
+class Settings:
+    model: str = option(
+        str(minifp4.BASE), "what", "directory of a Qwen3; default: the bundled one", metavar="DIR"
+    )
+    init_random: bool = option(
+        False,
+        "what",
+        "start from random weights: DIR needs only a config.json, and its "
+        "tokenizer.json is made from the data if it has none",
+    )
+    train_data: str = option(
+        str(BUNDLED_DATA), "what", 'TSV (prompt<TAB>target) or JSONL ({"messages": [...]})', metavar="FILE"
+    )
+    sample_mode: str = option(
+        "random", "what", "order of the conversations", choices=("random", "sequential")
+    )
+    seq_len: int = option(256, "what", "tokens of a conversation at most; longer answers are cut", least=2)
+    seed: int = option(0, "what", "of the sampling and the stochastic rounding", least=0)
+
+    train_lm_head: bool = option(False, "which weights", "train the head too")
+    train_embed: bool = option(False, "which weights", "train the embedding too")
+    train_last_layers: int = option(
+        0, "which weights", "train only the last N layers; 0: all, and the final norm", metavar="N", least=0
+    )
+    untie: bool = option(False, "which weights", "give a tied head a tensor of its own")
+
+    steps: int = option(6, "how", "optimizer steps", least=1)
+    batch_size: int = option(16, "how", "conversations in one forward pass", least=1)
+    grad_accum: int = option(1, "how", "forward and backward passes in one step", least=1)
+    lr: float = option(
+        None, "how", "learning rate; default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0
+    )
+    warmup: int = option(0, "how", "steps over which the learning rate rises to --lr", least=0)
+    schedule: str = option(
+        "constant", "how", "of the learning rate after the warm-up", choices=("constant", "cosine")
+    )
+    weight_decay: float = option(0.01, "how", "decoupled; norms have none", least=0.0)
+    beta1: float = option(0.9, "how", "memory of the mean gradient", least=0.0, below=1.0)
+    beta2: float = option(0.95, "how", "memory of the mean square", least=0.0, below=1.0)
+    grad_clip: float = option(1.0, "how", "largest norm of the whole gradient; 0: any", least=0.0)
+    loss: str = option(
+        "ce",
+        "how",
+        "ce: cross entropy; scalar: |hidden - embedding|, to debug with",
+        choices=("ce", "scalar"),
+    )
+
+    master_dtype: str = option("bf16", "precision", "in which the weights are stored", choices=tuple(FLOATS))
+    optimizer_state: str = option("nvfp4", "precision", "in which AdamW's moments are stored", choices=KINDS)
+    compute_dtype: str = option(
+        None,
+        "precision",
+        "of activations and gradients; default: bf16 on CUDA, else fp32",
+        choices=tuple(FLOATS),
+    )
+    rounding: str = option(
+        "stochastic",
+        "precision",
+        "of what is stored; nearest does not learn",
+        choices=("stochastic", "nearest"),
+    )
+    quantize: bool = option(True, "precision", "read the weights through NVFP4")
+
+    step_chunk_rows: int = option(
+        0,
+        "memory and speed",
+        "rows that the optimizer updates at once; 0: as fast as possible; any choice gives the same weights",
+        metavar="N",
+        least=0,
+    )
+    activation_checkpointing: bool = option(
+        False, "memory and speed", "keep one activation a layer, compute the others again"
+    )
+    device: str = option(None, "memory and speed", "cpu, cuda, cuda:1, ...; default: cuda if there is one")
+
+    out: str = option("out", "output", "directory of the checkpoint and metrics.jsonl", metavar="DIR")
+    log_every: int = option(1, "output", "steps between lines", metavar="N", least=1)
+    test_prompt: list = option(
+        None,
+        "output",
+        "asked before and after (repeatable); default: two for the bundled "
+        "data, else the first of --train-data",
+        metavar="TEXT",
+    )
+    test_max_tokens: int = option(48, "output", "tokens of an answer at most", metavar="N", least=1)
+
+
+def main(settings):
+    """Train as `settings` say; returns the path of the checkpoint."""
+    check(settings)
+    device = choose_device(settings.device)
+    model, tokenizer = prepare_model(settings, device)
+    counts = choose_weights(model, settings)
+    examples, cut = chat.read_examples(settings.train_data, tokenizer, settings.seq_len)
+    optimizer = minifp4.AdamW(
+        model.named_parameters(),
+        learning_rate(settings),
+        (settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        state=settings.optimizer_state,
+        rounding=settings.rounding,
+        chunk_rows=settings.step_chunk_rows,
+        seed=settings.seed,
+    )
+    describe(settings, model, counts, optimizer, examples, cut)
+    prompts = test_prompts(settings)
+    answers = ask("before", model, tokenizer, prompts, settings)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
+        train(model, tokenizer, optimizer, examples, settings, metrics)
+    ask("after", model, tokenizer, prompts, settings, answers)
+    path = checkpoint.save(out, settings.steps, model, tokenizer, optimizer, dataclasses.asdict(settings))
+    print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
+    print("next    python export.py" + (f" --checkpoint {path}" if settings.out != "out" else ""))
+    return path
+
+
+def choose_device(name):
+    """A device that can hold a tensor; ValueError says why another cannot."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used ({reason}); --device cpu always can") from None
+
+
+def prepare_model(settings, device):
+    """The model and tokenizer to start from, on `device`."""
+    directory, how = Path(settings.model), {"quantize": settings.quantize, "device": device}
+    if settings.init_random:
+        config = checkpoint.read_config(directory)
+        if not (directory / "tokenizer.json").is_file():
+            directory = Path(settings.out)
+            conversations = chat.read_conversations(settings.train_data)
+            texts = [message["content"] for _, messages in conversations for message in messages]
+            chat.train_tokenizer(texts, config.vocab_size, directory)
+        tokenizer = chat.Tokenizer(directory / "tokenizer.json")
+        config.source |= {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end_of_text}
+        model = checkpoint.initialize(config, settings.seed, **how)
+    else:
+        model, tokenizer = checkpoint.load(directory, **how)
+    if settings.compute_dtype:
+        model.set_compute_dtype(FLOATS[settings.compute_dtype])
+    model.model.activation_checkpointing = settings.activation_checkpointing
+    return model, tokenizer
+
+
+def choose_weights(model, settings):
+    """Choose what trains, and store it in --master-dtype; returns the counts by kind."""
+    tied = model.config.tie_word_embeddings
+    if settings.untie and not tied:
+        raise ValueError("--untie: the head and the embedding of this model are not tied")
+    if settings.untie:
+        model.untie()
+    elif tied and (settings.train_lm_head or settings.train_embed):
+        print("note    the head and the embedding are one tensor here, and it trains; --untie would split it")
+    counts = checkpoint.choose_trained(
+        model,
+        lm_head=settings.train_lm_head,
+        embed=settings.train_embed,
+        last_layers=settings.train_last_layers,
+    )
+    checkpoint.set_masters(model, FLOATS[settings.master_dtype])
+    return counts
+
+
+def learning_rate(settings, step=None):
+    """The rate of `step` (0, 1, ...); the highest of all if None."""
+    top = settings.lr if settings.lr is not None else 5e-4 if settings.model == str(minifp4.BASE) else 2e-5
+    if step is None:
+        return top
+    if step < settings.warmup:
+        return top * (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return top
+    return (
+        top
+        * 0.5
+        * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
+    )
+
+
+def train(model, tokenizer, optimizer, examples, settings, metrics):
+    """All steps; one line of text and one of JSON (to the file `metrics`) every --log-every steps."""
+    skipped, tokens, since = 0, 0, time.perf_counter()
+    for step in range(settings.steps):
+        batches = [
+            chat.collate(
+                chat.sample(
+                    examples,
+                    step * settings.grad_accum + part,
+                    batch_size=settings.batch_size,
+                    seed=settings.seed,
+                    mode=settings.sample_mode,
+                ),
+                tokenizer.end_of_text,
+                model.device,
+            )
+            for part in range(settings.grad_accum)
+        ]
+        loss, norm = backward(model, optimizer, batches, settings.loss)
+        optimizer.lr = learning_rate(settings, step)
+        if math.isfinite(loss) and math.isfinite(norm):
+            clip = min(1.0, settings.grad_clip / norm) if settings.grad_clip and norm else 1.0
+            optimizer.step(clip)
+        else:  # one bad step must not poison the weights
+            skipped += 1
+        optimizer.zero_grad()
+        tokens += sum(ids.numel() for ids, _ in batches)
+        if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
+            log(
+                step + 1,
+                loss,
+                norm,
+                optimizer,
+                skipped,
+                tokens / (time.perf_counter() - since),
+                settings,
+                metrics,
+            )
+            optimizer.reset_moved()
+            tokens, since = 0, time.perf_counter()
+
+
+def backward(model, optimizer, batches, kind):
+    """Sum the gradients of the mean loss over all tokens learned in `batches`; returns (loss, gradient
+    norm)."""
+    learned = [(labels[:, 1:] != chat.IGNORE).sum() for _, labels in batches]
+    total = 0.0
+    for (ids, labels), count in zip(batches, learned):
+        loss = model.loss(ids, labels, kind) * (count / sum(learned))
+        loss.backward()
+        total += loss.detach()
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        for p in optimizer.parameters.values()
+        if p.grad is not None
+    ]
+    return float(total), float(torch.stack(norms).norm())
+
+
+def log(step, loss, norm, optimizer, skipped, speed, settings, metrics):
+    record = {
+        "step": step,
+        "loss": loss,
+        "lr": optimizer.lr,
+        "grad_norm": norm,
+        "moved": optimizer.moved(),
+        "tokens_per_second": speed,
+        "peak_memory_gib": peak_memory(settings) / 2**30,
+        "skipped": skipped,
+    }
+    metrics.write(json.dumps(record) + "\n")
+    metrics.flush()
+    print(
+        f"step    {step}/{settings.steps}  loss {loss:.4f}  lr {optimizer.lr:.1e}  grad {norm:.2f}  "
+        f"moved {record['moved']:.3f}  {speed:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
+        + (f"  skipped {skipped} (not finite)" if skipped else ""),
+        flush=True,
+    )
+
+
+def peak_memory(settings):
+    """Bytes: of the allocator on a GPU, of the whole process on a CPU."""
+    if torch.cuda.is_available() and settings.device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, where a CPU run has no such number
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def describe(settings, model, counts, optimizer, examples, cut):
+    """What is about to happen: the machine, the model, what trains, what a weight costs, the data."""
+    config, device = model.config, model.device
+    place = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in optimizer.parameters.values())
+    masters = sum(p.numel() * p.element_size() for p in optimizer.parameters.values())
+    moments = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors().values())
+    tied = "tied" if config.tie_word_embeddings else "untied"
+    dtype = str(model.model.compute_dtype).removeprefix("torch.")
+    kinds = " ".join(f"{kind}={count}" for kind, count in counts.items())
+    read = "NVFP4" if model.quantized else "stored"
+    print(f"minifp4 {minifp4.__version__}, torch {torch.__version__}, {place}, {dtype}")
+    print(
+        f"model   {settings.model}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"vocabulary {config.vocab_size}, {tied}, {total / 1e6:.2f} M weights"
+    )
+    print(f"trains  {kinds} total={sum(counts.values())} ({trained / 1e6:.2f} M weights)")
+    print(
+        f"bytes   a weight: {masters / trained:.2f} master ({settings.master_dtype}) + "
+        f"{moments / trained:.2f} moments ({settings.optimizer_state}) = "
+        f"{(masters + moments) / trained:.2f}; read as {read}"
+    )
+    print(
+        f"data    {settings.train_data}: {len(examples)} conversations, {settings.batch_size} x "
+        f"{settings.grad_accum} a step, {settings.sample_mode}"
+        + (f"; {cut} longer than --seq-len were cut" if cut else "")
+    )
+
+
+def test_prompts(settings):
+    if settings.test_prompt:
+        return settings.test_prompt
+    if settings.train_data == str(BUNDLED_DATA):
+        return ["你是誰", "談談UFO"]
+    messages = chat.read_conversations(settings.train_data)[0][1]
+    return [next(message["content"] for message in messages if message["role"] == "user")]
+
+
+def ask(when, model, tokenizer, prompts, settings, before=None):
+    """Print and return the answers to `prompts`; `before`: earlier ones, to say which are the same."""
+    answers = [
+        minifp4.generate(model, tokenizer, prompt, max_new_tokens=settings.test_max_tokens)
+        for prompt in prompts
+    ]
+    for prompt, answer, old in zip(prompts, answers, before or [None] * len(prompts)):
+        shown = answer.replace("\n", "\\n")
+        print(f"{when:8}{prompt} → {shown}" + ("   (as before)" if answer == old else ""), flush=True)
+    return answers
+
+
+def directory_size(path):
+    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+
+
+if __name__ == "__main__":
+    run(main, Settings, __doc__)
