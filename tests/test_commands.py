@@ -76,7 +76,13 @@ def result(small, tmp_path, tsv):
 
     def result(**flags):
         settings = dict(
-            model=small, train_data=str(tsv), steps=3, batch_size=2, lr=1e-2, out=str(tmp_path / "out")
+            model=small,
+            train_data=str(tsv),
+            steps=3,
+            batch_size=2,
+            lr=1e-2,
+            out=str(tmp_path / "out"),
+            device="cpu",
         )
         file = safetensors.SafeFile(train(**settings | flags) / "model.safetensors")
         weights = torch.cat([file[name].float().flatten() for name in sorted(file.entries)])
