@@ -1,11 +1,14 @@
 """Write what train.py has trained as checkpoints that other programs load.
 
-    python export.py                        the newest checkpoint under out/, as out/hf and out/model.dat
-    python export.py --format hf --dequantize     a plain bf16 directory
+    python export.py                               the newest checkpoint under out/: out/hf, out/model.dat
+    python export.py --format hf --dequantize      a plain bf16 directory
+    python export.py --format dat --input-dat A    A, with the trained entries replaced and all else unchanged
 
-    format   for                            what it is
-    hf       transformers, vLLM, SGLang     compressed-tensors, projections in NVFP4
-    dat      the F# trainer                 TorchSharp's state dict, NVFP4 of one level
+    format      for                            what it is
+    hf          transformers, vLLM, SGLang     compressed-tensors, projections in NVFP4
+    modelopt    TensorRT-LLM, vLLM             the same bytes under ModelOpt's names
+    mlx         mlx-lm on Apple silicon        NVFP4 of one level, 32 bits at a time
+    dat         the F# trainer                 TorchSharp's state dict, NVFP4 of one level
 
 Everything that is written is read again and compared with the checkpoint before it counts as done.
 """
@@ -19,23 +22,24 @@ import minifp4
 from minifp4 import checkpoint, dat, formats
 from minifp4.cli import check, option, run
 from minifp4.files import replacing
+from minifp4.nvfp4 import dequantize
 
-FORMATS = ("hf", "dat")
+FORMATS = ("hf", "modelopt", "mlx", "dat")
 
 
 @dataclass
 class Settings:
     checkpoint: str = option(
-        "out", "what", "a checkpoint, or a directory with some: then the newest", metavar="DIR"
+        "out", "what", "a checkpoint, or a directory of some: then the newest", metavar="DIR"
     )
     format: list = option(None, "what", "repeatable; default: hf and dat", choices=FORMATS)
     dequantize: bool = option(False, "what", "hf without NVFP4: the same values in bf16, for any program")
-    quantize_head: bool = option(
-        False, "what", "hf with an NVFP4 head too (not if it is tied to the embedding)"
-    )
+    quantize_head: bool = option(False, "what", "the head in NVFP4 too (hf, modelopt; not if it is tied)")
+    input_dat: str = option(None, "what", "dat: rewrite the trained entries of this file", metavar="FILE")
     out: str = option(
         None, "output", "where to write; default: the directory of the checkpoints", metavar="DIR"
     )
+    shard_gb: float = option(5.0, "output", "largest file of a directory, in 10**9 bytes", least=1e-6)
     verify: bool = option(
         True, "output", "read all that was written again and compare it with the checkpoint"
     )
@@ -44,18 +48,24 @@ class Settings:
 def main(settings):
     """Export as `settings` say; returns {format: path}."""
     check(settings)
-    if settings.dequantize and settings.quantize_head:
-        raise ValueError("--dequantize and --quantize-head exclude each other")
+    chosen = list(dict.fromkeys(settings.format or (["dat"] if settings.input_dat else ["hf", "dat"])))
+    if settings.dequantize and (settings.quantize_head or "hf" not in chosen):
+        raise ValueError("--dequantize is for --format hf alone, without --quantize-head")
+    if settings.input_dat and "dat" not in chosen:
+        raise ValueError("--input-dat is for --format dat")
     source = find_checkpoint(settings.checkpoint)
     model, tokenizer = minifp4.load(source)
-    print(f"reading {source}: {len(list(model.parameters()))} tensors, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M weights")  # fmt: skip
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"reading {source}: {len(list(model.parameters()))} tensors, {size:.2f} M weights")
     out = Path(settings.out or source.parent)
     out.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for name in dict.fromkeys(settings.format or FORMATS):
-        export = {"hf": export_hf, "dat": export_dat}[name]
-        paths[name] = export(model, tokenizer, out, settings)
+    for name in chosen:
+        if name == "dat":
+            paths[name] = export_dat(model, source, out / "model.dat", settings.input_dat, settings.verify)
+        else:
+            layout = "bf16" if settings.dequantize else name
+            paths[name] = export_directory(model, tokenizer, layout, out / layout, settings)
     if "hf" in paths:
         print(f"next    vllm serve {paths['hf']}    (or any program that reads a Hugging Face directory)")
     return paths
@@ -70,56 +80,48 @@ def find_checkpoint(path):
         ) from None
 
 
-def export_hf(model, tokenizer, out, settings):
-    tensors = (
-        formats.plain_tensors(model)
-        if settings.dequantize
-        else formats.hf_tensors(model, settings.quantize_head)
-    )
-    path = out / ("bf16" if settings.dequantize else "hf")
-    extra = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    if not settings.dequantize:
-        extra["quantization_config"] = formats.quantization_config(settings.quantize_head)
+def export_directory(model, tokenizer, layout, path, settings):
+    """Write the directory `path`; returns it."""
+    head = settings.quantize_head and layout != "mlx"
+    tensors, keys = formats.tensors_of(model, layout, head), formats.config_keys(layout, head)
     with replacing(path) as aside:
         aside.mkdir()
-        checkpoint.write_model(aside, model.config, tokenizer, tensors, extra)
+        checkpoint.write_model(aside, model.config, tokenizer, tensors, keys, int(settings.shard_gb * 1e9))
+        if layout == "modelopt":
+            checkpoint.write_json(aside / "hf_quant_config.json", formats.modelopt_keys(head))
     if settings.verify:
         for file in checkpoint.open_weights(path):
-            verify(file, model, formats.plain_value)
-    report("hf", path, tensors, settings)
+            verify(file, model, layout)
+    report(layout, path, formats.count(tensors), settings.verify)
     return path
 
 
-def export_dat(model, tokenizer, out, settings):
-    path, tensors = out / "model.dat", formats.dat_tensors(model)
-    dat.write(path, tensors)
-    if settings.verify:
-        verify(dat.DatFile(path), model, formats.dat_value)
-    report("dat", path, tensors, settings)
+def export_dat(model, source, path, input_dat, verified):
+    """Write a new .dat, or `input_dat` with the trained entries replaced; returns its path."""
+    trained = checkpoint.read_json(source / "train.json").get("trained", []) if input_dat else []
+    counts = checkpoint.write_dat(path, model, input_dat, trained)
+    if verified and not input_dat:  # else `write_dat` has compared with both, the checkpoint and `input_dat`
+        verify(dat.DatFile(path), model, "dat")
+    report("dat", path, counts, verified)
     return path
 
 
-def verify(file, model, expected):
-    """Compare every parameter in `file`, decoded, with what `expected` makes of the checkpoint's: bit for
-    bit."""
+def verify(file, model, layout):
+    """Compare every parameter in `file`, decoded, with the checkpoint's after a way through `layout`: all
+    bits."""
     packed = formats.find_packed(file.entries)
     parts = {part for one in packed.values() for part in one[:3]}
     for name in [*packed, *(file.entries.keys() - parts)]:
-        value = formats.read_dense(file, name, packed.get(name))
-        if not torch.equal(value, expected(model, name).to(value.dtype)):
+        value = dequantize(formats.read_nvfp4(file, packed[name])) if name in packed else file[name]
+        if not torch.equal(value, formats.expected_value(model, name, layout).to(value.dtype)):
             raise ValueError(f"{file.path}: {name!r} differs from the checkpoint; the file must not be used")
 
 
-def report(name, path, tensors, settings):
-    kinds = {}
-    for key in tensors:
-        kind = formats.kind_of(key)
-        kinds[kind] = kinds.get(kind, 0) + 1
+def report(name, path, counts, verified):
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    done = "read again, all equal to the checkpoint" if settings.verify else "not verified"
-    counts = " ".join(f"{kind}={count}" for kind, count in kinds.items())
-    print(f"{name:7} {path}: {counts}, {size / 2**20:.2f} MiB; {done}")
+    size = sum(file.stat().st_size for file in files) / 2**20
+    done = "read again, all equal to the checkpoint" if verified else "not verified"
+    print(f"{name:7} {path}: {' '.join(f'{k}={n}' for k, n in counts.items())}, {size:.2f} MiB; {done}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,21 @@ Each step: read a batch, run the model forward and backward through its 4-bit we
 with AdamW. `python train.py --help` lists the settings; they are the fields of `Settings` below.
 """
 
-import dataclasses
+import hashlib
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 import minifp4
 from minifp4 import chat, checkpoint
-from minifp4.cli import check, option, run
+from minifp4.cli import check, choose_device, given, option, run, spellings
+from minifp4.files import only_user, remove
+from minifp4.packed import bytes_of
 from minifp4.precision import FLOATS, KINDS
 
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
@@ -29,7 +31,13 @@ BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
 @dataclass
 class Settings:
     model: str = option(
-        str(minifp4.BASE), "what", "directory of a Qwen3; default: the bundled one", metavar="DIR"
+        None,
+        "what",
+        "directory of a Qwen3; default: the bundled one, or that of --input-dat",
+        metavar="DIR",
+    )
+    input_dat: str = option(
+        None, "what", "take the weights from this TorchSharp .dat, the rest from --model", metavar="FILE"
     )
     init_random: bool = option(
         False,
@@ -103,6 +111,21 @@ class Settings:
     device: str = option(None, "memory and speed", "cpu, cuda, cuda:1, ...; default: cuda if there is one")
 
     out: str = option("out", "output", "directory of the checkpoint and metrics.jsonl", metavar="DIR")
+    output_dat: str = option(
+        None, "output", "also write a .dat: --input-dat with the trained entries replaced", metavar="FILE"
+    )
+    save_every: int = option(
+        0, "output", "steps between checkpoints; 0: only at the end", metavar="N", least=0
+    )
+    keep: int = option(2, "output", "checkpoints of this run to keep", metavar="N", least=1)
+    resume: str = option(
+        None,
+        "output",
+        "go on from the newest checkpoint in --out, or from this one, with its settings",
+        metavar="DIR",
+        nargs="?",
+        const="",
+    )
     log_every: int = option(1, "output", "steps between lines", metavar="N", least=1)
     test_prompt: list = option(
         None,
@@ -114,12 +137,19 @@ class Settings:
     test_max_tokens: int = option(48, "output", "tokens of an answer at most", metavar="N", least=1)
 
 
+# What may differ when a run goes on: nothing here changes what is computed.
+FREE = {
+    "steps", "step_chunk_rows", "activation_checkpointing", "device", "out", "output_dat", "save_every",
+    "keep", "resume", "log_every", "test_prompt", "test_max_tokens",
+}  # fmt: skip
+
+
 def main(settings):
-    """Train as `settings` say; returns the path of the checkpoint."""
+    """Train as `settings` say; returns the path of the last checkpoint."""
     check(settings)
-    device = choose_device(settings.device)
-    model, tokenizer = prepare_model(settings, device)
-    counts = choose_weights(model, settings)
+    settings, source = find_start(settings)
+    model, tokenizer = prepare_model(settings, source, choose_device(settings.device))
+    counts = choose_weights(model, settings, source)
     examples, cut = chat.read_examples(settings.train_data, tokenizer, settings.seq_len)
     optimizer = minifp4.AdamW(
         model.named_parameters(),
@@ -131,34 +161,67 @@ def main(settings):
         chunk_rows=settings.step_chunk_rows,
         seed=settings.seed,
     )
+    start = checkpoint.read_moments(source, optimizer)["step"] if source else 0
     describe(settings, model, counts, optimizer, examples, cut)
-    prompts = test_prompts(settings)
-    answers = ask("before", model, tokenizer, prompts, settings)
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
-        train(model, tokenizer, optimizer, examples, settings, metrics)
-    ask("after", model, tokenizer, prompts, settings, answers)
-    path = checkpoint.save(out, settings.steps, model, tokenizer, optimizer, dataclasses.asdict(settings))
-    print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
+    record = {"trained": list(optimizer.parameters), "settings": asdict(settings), "data": digest(settings)}
+    written = {}
+
+    def save(step):
+        if step not in written:
+            written[step] = checkpoint.save(
+                settings.out, model, tokenizer, optimizer, {"step": step, **record}
+            )
+            for old in sorted(written)[: -settings.keep]:
+                remove(written.pop(old))
+
+    with only_user(Path(settings.out)):
+        prompts = test_prompts(settings)
+        answers = ask("before", model, tokenizer, prompts, settings)
+        train(model, tokenizer, optimizer, examples, settings, start, save)
+        ask("after", model, tokenizer, prompts, settings, answers)
+        save(settings.steps)
+        path = written[settings.steps]
+        print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
+        if settings.output_dat:
+            checkpoint.write_dat(Path(settings.output_dat), model, settings.input_dat, optimizer.parameters)
+            print(f"saved   {settings.output_dat}")
     print("next    python export.py" + (f" --checkpoint {path}" if settings.out != "out" else ""))
     return path
 
 
-def choose_device(name):
-    """A device that can hold a tensor; ValueError says why another cannot."""
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used ({reason}); --device cpu always can") from None
+def find_start(settings):
+    """(settings with defaults filled in, the checkpoint to resume from or None)."""
+    if settings.resume is None:
+        folder = Path(settings.input_dat).parent if settings.input_dat else minifp4.BASE
+        return replace(settings, model=settings.model or str(folder)), None
+    source = checkpoint.model_directory(settings.resume or settings.out)
+    record = checkpoint.read_json(checkpoint.existing(source / "train.json"))
+    old = Settings(**record["settings"])
+    for name in sorted(given(settings) - FREE) + ["steps"] * (old.schedule != "constant"):
+        if getattr(settings, name) != getattr(old, name) and name in given(settings):
+            raise ValueError(
+                f"{spellings(name)[0]} {getattr(settings, name)}: {source} has "
+                f"{getattr(old, name) or 'the default'}; that cannot change when a run resumes"
+            )
+    new = replace(old, **{name: getattr(settings, name) for name in given(settings) & FREE})
+    if digest(new) != record["data"]:
+        raise ValueError(f"--train-data {new.train_data} has changed since {source} was made")
+    if new.steps <= record["step"]:
+        raise ValueError(
+            f"{source} is at step {record['step']} already; give a larger --steps, not {new.steps}"
+        )
+    return new, source
 
 
-def prepare_model(settings, device):
+def digest(settings):
+    """What tells one --train-data from another."""
+    return hashlib.sha256(checkpoint.existing(Path(settings.train_data)).read_bytes()).hexdigest()
+
+
+def prepare_model(settings, source, device):
     """The model and tokenizer to start from, on `device`."""
-    directory, how = Path(settings.model), {"quantize": settings.quantize, "device": device}
-    if settings.init_random:
+    directory, how = source or Path(settings.model), {"quantize": settings.quantize, "device": device}
+    if settings.init_random and not source:
         config = checkpoint.read_config(directory)
         if not (directory / "tokenizer.json").is_file():
             directory = Path(settings.out)
@@ -169,19 +232,20 @@ def prepare_model(settings, device):
         config.source |= {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end_of_text}
         model = checkpoint.initialize(config, settings.seed, **how)
     else:
-        model, tokenizer = checkpoint.load(directory, **how)
+        input_dat = None if source else settings.input_dat
+        model, tokenizer = checkpoint.load(directory, input_dat=input_dat, **how)
     if settings.compute_dtype:
         model.set_compute_dtype(FLOATS[settings.compute_dtype])
     model.model.activation_checkpointing = settings.activation_checkpointing
     return model, tokenizer
 
 
-def choose_weights(model, settings):
+def choose_weights(model, settings, source):
     """Choose what trains, and store it in --master-dtype; returns the counts by kind."""
     tied = model.config.tie_word_embeddings
-    if settings.untie and not tied:
+    if settings.untie and not tied and not source:
         raise ValueError("--untie: the head and the embedding of this model are not tied")
-    if settings.untie:
+    if settings.untie and tied:
         model.untie()
     elif tied and (settings.train_lm_head or settings.train_embed):
         print("note    the head and the embedding are one tensor here, and it trains; --untie would split it")
@@ -191,7 +255,8 @@ def choose_weights(model, settings):
         embed=settings.train_embed,
         last_layers=settings.train_last_layers,
     )
-    checkpoint.set_masters(model, FLOATS[settings.master_dtype])
+    if not source:
+        checkpoint.set_masters(model, FLOATS[settings.master_dtype])
     return counts
 
 
@@ -211,24 +276,13 @@ def learning_rate(settings, step=None):
     )
 
 
-def train(model, tokenizer, optimizer, examples, settings, metrics):
-    """All steps; one line of text and one of JSON (to the file `metrics`) every --log-every steps."""
+def train(model, tokenizer, optimizer, examples, settings, start, save):
+    """The steps after `start`; a line of text and one of metrics.jsonl every --log-every of them."""
     skipped, tokens, since = 0, 0, time.perf_counter()
-    for step in range(settings.steps):
-        batches = [
-            chat.collate(
-                chat.sample(
-                    examples,
-                    step * settings.grad_accum + part,
-                    batch_size=settings.batch_size,
-                    seed=settings.seed,
-                    mode=settings.sample_mode,
-                ),
-                tokenizer.end_of_text,
-                model.device,
-            )
-            for part in range(settings.grad_accum)
-        ]
+    metrics = Path(settings.out) / "metrics.jsonl"
+    records = read_metrics(metrics, start)
+    for step in range(start, settings.steps):
+        batches = make_batches(examples, step, settings, tokenizer.end_of_text, model.device)
         loss, norm = backward(model, optimizer, batches, settings.loss)
         optimizer.lr = learning_rate(settings, step)
         if math.isfinite(loss) and math.isfinite(norm):
@@ -239,18 +293,26 @@ def train(model, tokenizer, optimizer, examples, settings, metrics):
         optimizer.zero_grad()
         tokens += sum(ids.numel() for ids, _ in batches)
         if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-            log(
-                step + 1,
-                loss,
-                norm,
-                optimizer,
-                skipped,
-                tokens / (time.perf_counter() - since),
-                settings,
-                metrics,
-            )
+            speed = tokens / (time.perf_counter() - since)
+            records.append(log(step + 1, loss, norm, optimizer, skipped, speed, settings))
+            metrics.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
             optimizer.reset_moved()
             tokens, since = 0, time.perf_counter()
+        if settings.save_every and (step + 1) % settings.save_every == 0:
+            save(step + 1)
+
+
+def read_metrics(path, start):
+    """The records of the steps up to `start`, of a run that goes on."""
+    lines = path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else []
+    return [record for record in map(json.loads, lines) if record["step"] <= start]
+
+
+def make_batches(examples, step, settings, pad, device):
+    """The --grad-accum batches of a step: [(ids, labels)]."""
+    parts = range(step * settings.grad_accum, (step + 1) * settings.grad_accum)
+    how = {"batch_size": settings.batch_size, "seed": settings.seed, "mode": settings.sample_mode}
+    return [chat.collate(chat.sample(examples, part, **how), pad, device) for part in parts]
 
 
 def backward(model, optimizer, batches, kind):
@@ -270,7 +332,8 @@ def backward(model, optimizer, batches, kind):
     return float(total), float(torch.stack(norms).norm())
 
 
-def log(step, loss, norm, optimizer, skipped, speed, settings, metrics):
+def log(step, loss, norm, optimizer, skipped, speed, settings):
+    """Print a step's line; returns the same as a record."""
     record = {
         "step": step,
         "loss": loss,
@@ -281,14 +344,13 @@ def log(step, loss, norm, optimizer, skipped, speed, settings, metrics):
         "peak_memory_gib": peak_memory(settings) / 2**30,
         "skipped": skipped,
     }
-    metrics.write(json.dumps(record) + "\n")
-    metrics.flush()
     print(
         f"step    {step}/{settings.steps}  loss {loss:.4f}  lr {optimizer.lr:.1e}  grad {norm:.2f}  "
         f"moved {record['moved']:.3f}  {speed:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
         + (f"  skipped {skipped} (not finite)" if skipped else ""),
         flush=True,
     )
+    return record
 
 
 def peak_memory(settings):
@@ -310,7 +372,7 @@ def describe(settings, model, counts, optimizer, examples, cut):
     )
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in optimizer.parameters.values())
-    masters = sum(p.numel() * p.element_size() for p in optimizer.parameters.values())
+    masters = sum(bytes_of(p) for p in optimizer.parameters.values())
     moments = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors().values())
     tied = "tied" if config.tie_word_embeddings else "untied"
     dtype = str(model.model.compute_dtype).removeprefix("torch.")

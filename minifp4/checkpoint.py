@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import safetensors
+from . import dat, formats, safetensors
 from .chat import Tokenizer
 from .files import replacing
-from .formats import ACTIVATION_SCALES, find_packed, read_dense
+from .formats import ACTIVATION_SCALES, HEAD, find_packed, read_weight, write_nvfp4
 from .model import Config, Qwen3
 from .nvfp4 import BLOCK
+from .packed import Packed, dense
 
 BASE = Path(__file__).parent / "assets" / "base"  # the bundled model
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
+SHARD_BYTES = 5 * 10**9  # of one file of an export
 # What else a model directory may hold that a server wants; copied as it is.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -34,14 +36,19 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def load(path=BASE, *, quantize=True, device="cpu", compute_dtype=None):
+def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtype=None):
     """The (model, tokenizer) in the directory `path`, or in the newest checkpoint below it.
 
+    input_dat: take the weights from this TorchSharp `.dat`, config and tokenizer from `path`; a `path` that
+    ends in .dat means the file and its directory.
     quantize: read the weights through NVFP4; False gives the plain forward pass.
-    compute_dtype: of the activations; bf16 on CUDA and fp32 elsewhere if None.
-    Matrices keep the type that they have in the file (NVFP4 becomes bf16, without loss), vectors become fp32.
-    Raises OSError or ValueError naming the file, the key or the tensor that is wrong.
+    compute_dtype: of the activations; bf16 on CUDA and fp32 elsewhere if None. Matrices stay as they are in
+    the file (NVFP4: the same codes, a `Packed` parameter), vectors become fp32. Raises OSError or
+    ValueError naming the file, the key or the tensor that is wrong.
     """
+    path = Path(path)
+    if path.suffix == ".dat":
+        path, input_dat = path.parent, path
     directory = model_directory(path)
     config, tokenizer = read_config(directory), Tokenizer(existing(directory / "tokenizer.json"))
     if tokenizer.largest >= config.vocab_size:
@@ -51,7 +58,9 @@ def load(path=BASE, *, quantize=True, device="cpu", compute_dtype=None):
         )
     with torch.device("meta"):
         model = Qwen3(config, quantize)
-    read_weights(model, open_weights(directory), device)
+    read_weights(
+        model, [dat.DatFile(existing(Path(input_dat)))] if input_dat else open_weights(directory), device
+    )
     model.set_compute_dtype(compute_dtype or default_compute_dtype(device))
     return model, tokenizer
 
@@ -126,16 +135,21 @@ def read_weights(model, files, device):
             if name in found:
                 raise ValueError(f"{file.path}: {name!r} is also in {found[name][0].path}")
             found[name] = (file, packed.get(name))
+    if model.config.tie_word_embeddings:
+        found.pop(
+            HEAD, None
+        )  # some files, and every .dat, keep the head beside the embedding that it is tied to
     unexpected = sorted(name for name in found if name not in wanted and not name.endswith(ACTIVATION_SCALES))
     missing = sorted(wanted.keys() - found.keys())
     if missing or unexpected:
         raise ValueError(
-            f"{files[0].path.parent}: the weights do not fit config.json: "
+            f"{files[0].path if len(files) == 1 else files[0].path.parent}: "
+            f"the weights do not fit config.json: "
             f"missing {_some(missing)}; unexpected {_some(unexpected)}"
         )
     for name, meta in wanted.items():
         file, parts = found[name]
-        value = read_dense(file, name, parts)
+        value = read_weight(file, name, parts, device)
         if value.shape != meta.shape or not value.is_floating_point():
             raise ValueError(
                 f"{file.path}: {name!r} is {value.dtype} {[*value.shape]}, "
@@ -145,8 +159,7 @@ def read_weights(model, files, device):
             raise ValueError(
                 f"{file.path}: {name!r} {[*value.shape]}: NVFP4 needs rows of a multiple of {BLOCK}"
             )
-        dtype = torch.float32 if value.dim() == 1 else value.dtype
-        set_weight(model, name, value.to(device, dtype, copy=True))
+        set_weight(model, name, value.float() if value.dim() == 1 else value)
 
 
 def _some(names):
@@ -205,30 +218,51 @@ def choose_trained(model, *, lm_head, embed, last_layers=0):
 def set_masters(model, dtype):
     """Store the matrices that train in `dtype`; frozen ones stay as they are, bit for bit."""
     for name, p in list(model.named_parameters()):
-        if p.requires_grad and p.dim() == 2 and p.dtype != dtype:
-            set_weight(model, name, p.detach().to(dtype))
+        if p.requires_grad and p.dim() == 2:
+            set_weight(model, name, dense(p).to(dtype))
     model.set_compute_dtype(model.model.compute_dtype)
 
 
-def save(out, step, model, tokenizer, optimizer, settings):
-    """Write the checkpoint `out`/step-NNNNNN and return its path; it appears whole or not at all."""
-    directory = Path(out) / f"step-{step:06d}"
+def save(out, model, tokenizer, optimizer, record):
+    """Write the checkpoint `out`/step-NNNNNN (record["step"]); returns its path; it appears whole or not at
+    all.
+
+    record: what train.json says beside the optimizer's steps: "step", "trained" (names), "settings".
+    """
+    directory = Path(out) / f"step-{record['step']:06d}"
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors |= write_nvfp4(name, p.nvfp4(), "hf") if isinstance(p, Packed) else {name: p.detach()}
     with replacing(directory) as aside:
         aside.mkdir(parents=True)
-        write_model(
-            aside, model.config, tokenizer, {name: p.detach() for name, p in model.named_parameters()}
-        )
-        safetensors.write(aside / "optimizer.safetensors", optimizer.tensors())
-        write_json(
-            aside / "train.json", {"step": step, "optimizer_steps": optimizer.steps, "settings": settings}
-        )
+        write_model(aside, model.config, tokenizer, tensors)
+        safetensors.write(aside / OPTIMIZER, optimizer.tensors())
+        write_json(aside / "train.json", {"optimizer_steps": optimizer.steps, **record})
     return directory
 
 
-def write_model(directory, config, tokenizer, tensors, extra=None):
+def read_moments(directory, optimizer):
+    """Continue `optimizer` from the checkpoint `directory`; returns its train.json.
+
+    Every moment must be there, in the precision of this run.
+    """
+    file, wanted = safetensors.SafeFile(existing(directory / OPTIMIZER)), optimizer.tensors()
+    differing = sorted(file.entries.keys() ^ wanted.keys())
+    if differing:
+        raise ValueError(f"{file.path}: other moments than this run's: {_some(differing)}")
+    for name, tensor in wanted.items():
+        if file.entries[name] != (tensor.dtype, tuple(tensor.shape)):
+            raise ValueError(f"{file.path}: {name!r} is {file.entries[name]}, this run needs {tensor.dtype}")
+        tensor.copy_(file[name])
+    record = read_json(directory / "train.json")
+    optimizer.steps = record["optimizer_steps"]
+    return record
+
+
+def write_model(directory, config, tokenizer, tensors, extra=None, shard_bytes=SHARD_BYTES):
     """A model directory: `tensors`, the tokenizer's files, and config.json with the source's unknown keys,
     the spellings of transformers 4 and 5, and the keys of `extra`."""
-    source = {key: value for key, value in config.source.items() if key != "quantization_config"}
+    source = {key: value for key, value in config.source.items() if not key.startswith("quantization")}
     source |= {
         "architectures": ["Qwen3ForCausalLM"],
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -236,11 +270,55 @@ def write_model(directory, config, tokenizer, tensors, extra=None):
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         **(extra or {}),
     }
-    safetensors.write(directory / WEIGHTS, tensors)
+    write_shards(directory, tensors, shard_bytes)
     write_json(directory / "config.json", source)
     for name in COMPANIONS:
         if (tokenizer.path.parent / name).is_file():
             shutil.copyfile(tokenizer.path.parent / name, directory / name)
+
+
+def write_shards(directory, tensors, shard_bytes):
+    """One file, or several of at most `shard_bytes` (or one tensor) and the index that says what is where."""
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if not shards or size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    if len(shards) == 1:
+        safetensors.write(directory / WEIGHTS, tensors)
+        return
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        safetensors.write(directory / file, shard)
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    write_json(directory / INDEX, index)
+
+
+def write_dat(path, model, input_dat=None, trained=()):
+    """Write `model` as a `.dat`; returns counts by kind.
+
+    With `input_dat`, that file with the entries of the parameters `trained` replaced, each in its own type,
+    and all other bytes as they are; read again and compared before it takes its place. `path` may be
+    `input_dat` itself.
+    """
+    if not input_dat:
+        tensors = formats.dat_tensors(model)
+        dat.write(path, tensors)
+        return formats.count(tensors)
+    source = dat.DatFile(existing(Path(input_dat)))
+    replacements = formats.dat_replacements(model, trained, source.entries)
+    dat.rewrite(source, path, replacements)
+    counts = dict.fromkeys(("qdata", "scale", "raw"), 0)
+    for name in replacements:
+        counts[name.rsplit(".", 1)[1] if name.endswith((".qdata", ".scale")) else "raw"] += 1
+    print("replaced entries: " + " ".join(f"{kind}={number}" for kind, number in counts.items()))
+    return counts
 
 
 def write_json(path, value):

@@ -8,15 +8,15 @@ import sys
 from dataclasses import field
 from pathlib import Path
 
+import torch
+
+OWN = ("group", "least", "below", "positional")  # metadata that is not argparse's
+
 
 def option(default, group, text, **more):
     """A field that is also a flag. `more`: argparse's choices and metavar; `least` and `below` limit a
     number."""
     return field(default=default, metadata={"group": group, "help": text, **more})
-
-
-def flag(setting):
-    return "--" + setting.name.replace("_", "-")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -31,12 +31,13 @@ def parse(kind, argv, text):
     )
     groups = {}
     for setting in dataclasses.fields(kind):
-        more = {
-            key: value for key, value in setting.metadata.items() if key not in ("group", "least", "below")
-        }
+        more = {key: value for key, value in setting.metadata.items() if key not in OWN}
         group, default = setting.metadata["group"], setting.default
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
+        if setting.metadata.get("positional"):
+            groups[group].add_argument(setting.name, nargs="*", **more)
+            continue
         if setting.type is bool:
             more["action"] = argparse.BooleanOptionalAction
         elif setting.type is list:
@@ -45,10 +46,26 @@ def parse(kind, argv, text):
             more["type"] = setting.type
             if default is not None and not Path(str(default)).is_absolute():
                 more["help"] += f" (default: {default})"
-        groups[group].add_argument(flag(setting), default=default, **more)
-    settings = kind(**vars(parser.parse_args(argv)))
+        groups[group].add_argument(spellings(setting.name)[0], default=default, **more)
+    chosen = vars(parser.parse_args(argv))
+    settings = kind(**chosen)
     check(settings)
+    settings.given = {name for name in chosen if any(word.split("=")[0] in spellings(name) for word in argv)}
     return settings
+
+
+def spellings(name):
+    """The flags of a field: `--the-name`, and `--no-the-name` for what may be switched off."""
+    return "--" + name.replace("_", "-"), "--no-" + name.replace("_", "-")
+
+
+def given(settings):
+    """Names of the settings that somebody chose: on the command line, or else those that differ from the
+    default."""
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(settings)}
+    return getattr(
+        settings, "given", {name for name in defaults if getattr(settings, name) != defaults[name]}
+    )
 
 
 def check(settings):
@@ -58,13 +75,23 @@ def check(settings):
         least, below = setting.metadata.get("least", -math.inf), setting.metadata.get("below", math.inf)
         if isinstance(value, (int, float)) and not least <= value < below:
             limit = f"at least {least}" + (f" and below {below}" if below < math.inf else "")
-            raise ValueError(f"{flag(setting)} must be {limit}, got {value}")
+            raise ValueError(f"{spellings(setting.name)[0]} must be {limit}, got {value}")
         if (
             choices
             and value is not None
             and not set([value] if isinstance(value, str) else value) <= set(choices)
         ):
-            raise ValueError(f"{flag(setting)} must be one of {', '.join(choices)}, got {value}")
+            raise ValueError(f"{spellings(setting.name)[0]} must be one of {', '.join(choices)}, got {value}")
+
+
+def choose_device(name):
+    """A device that can hold a tensor; ValueError says why another cannot."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used ({reason}); --device cpu always can") from None
 
 
 def run(main, kind, text):

@@ -13,11 +13,11 @@ Small weights therefore live in E4M3's subnormals (below 2**-6), which are numbe
 """
 
 import math
-from pathlib import Path
 
 import torch
 
-from .files import map_bytes, replacing, tensor_over, write_tensor
+from .files import TensorFile, bits, replacing, write_tensor
+from .nvfp4 import row_slices
 
 TYPES = {
     0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16,
@@ -26,25 +26,22 @@ TYPES = {
 IDS = {dtype: number for number, dtype in TYPES.items()}
 
 
-class DatFile:
-    """The tensors of one file: `file.entries` {name: (dtype, shape)} in file order, `file[name]` a tensor.
+class DatFile(TensorFile):
+    """The tensors of one file, in its order.
 
     Raises ValueError naming the file, and the entry where there is one, for anything that does not fit.
     """
 
     def __init__(self, path):
-        self.path = Path(path)
-        self._bytes = map_bytes(path)
-        self._at = 0
-        self.entries, self._places = {}, {}
+        super().__init__(path)
         for number in range(self._uleb("the number of entries")):
             self._read_entry(f"entry {number}")
-        if self._at != len(self._bytes):
-            raise ValueError(f"{self.path}: {len(self._bytes) - self._at} bytes after the last entry")
+        if self.file.tell() != self.size:
+            raise ValueError(f"{path}: {self.size - self.file.tell()} bytes after the last entry")
 
     def _read_entry(self, where):
         try:
-            name = self._take(self._uleb(where), where).tobytes().decode("utf-8")
+            name = self._take(self._uleb(where), where).decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{self.path}: {where}: the key is not UTF-8") from None
         if name in self.entries:
@@ -57,29 +54,62 @@ class DatFile:
         if dims > 16:
             raise ValueError(f"{self.path}: {where}: {dims} dimensions")
         shape = tuple(self._uleb(where) for _ in range(dims))
-        begin = self._at
-        self._take(math.prod(shape) * TYPES[kind].itemsize, where)
+        begin, size = self.file.tell(), math.prod(shape) * TYPES[kind].itemsize
+        self._check(size, where)
+        self.file.seek(size, 1)
         self.entries[name] = (TYPES[kind], shape)
-        self._places[name] = (begin, self._at)
+        self.places[name] = (begin, begin + size)
+
+    def _check(self, size, where):
+        if size > self.size - self.file.tell():
+            raise ValueError(f"{self.path}: {where}: the file ends before its {size} bytes do")
 
     def _take(self, size, where):
-        begin, self._at = self._at, self._at + size
-        if self._at > len(self._bytes):
-            raise ValueError(f"{self.path}: {where}: the file ends before its {size} bytes do")
-        return self._bytes[begin : self._at]
+        self._check(size, where)
+        return self.file.read(size)
 
     def _uleb(self, where):
         value = 0
         for place in range(10):
-            byte = int(self._take(1, where)[0])
+            byte = self._take(1, where)[0]
             value |= (byte & 0x7F) << 7 * place
             if byte < 0x80 and value < 2**64:
                 return value
         raise ValueError(f"{self.path}: {where}: a number of more than 64 bits")
 
-    def __getitem__(self, name):
-        begin, end = self._places[name]
-        return tensor_over(self._bytes[begin:end], *self.entries[name])
+
+def rewrite(source, path, replacements):
+    """Copy the opened `source` to `path` (which may be its own), with the payloads of `replacements` {name:
+    tensor}.
+
+    A replacement must have the entry's type and shape; all other bytes stay as they are. The copy is read
+    again and compared before it takes its place.
+    """
+    with replacing(path) as aside:
+        with open(aside, "wb") as file:
+            at = 0
+            for name, (begin, end) in source.places.items():
+                if name not in replacements:
+                    continue
+                _copy(source, at, begin, file)
+                tensor, at = replacements[name], end
+                if (tensor.dtype, tuple(tensor.shape)) != source.entries[name]:
+                    raise ValueError(f"{source.path}: {name!r} is {source.entries[name]}, not {tensor.shape}")
+                write_tensor(file, tensor)
+            _copy(source, at, source.size, file)
+        _compare(source, DatFile(aside), replacements)
+
+
+def _copy(source, begin, end, file):
+    for piece in row_slices(end - begin, 2**24):
+        file.write(source.raw(begin + piece.start, begin + piece.stop).data)
+
+
+def _compare(source, copy, replacements):
+    for name in source.entries:
+        expected = replacements[name] if name in replacements else source[name]
+        if not torch.equal(bits(copy[name]), bits(expected)):
+            raise ValueError(f"{copy.path}: {name!r} was not written as it should be")
 
 
 def write(path, tensors):

@@ -1,13 +1,17 @@
 """The layouts in which programs keep an NVFP4 weight. The bytes are the same everywhere, the names are not.
 
-    layout              codes              block scales      global scale
-    compressed-tensors  X.weight_packed    X.weight_scale    X.weight_global_scale  F32 [1], reciprocal
-    ModelOpt            X.weight           X.weight_scale    X.weight_scale_2       F32 []
-    .dat (F# trainer)   X.weight.qdata     X.weight.scale    none: 1
+    layout              codes             block scales      global scale
+    compressed-tensors  X.weight_packed   X.weight_scale    X.weight_global_scale  F32 [1], the reciprocal
+    ModelOpt            X.weight          X.weight_scale    X.weight_scale_2       F32 []
+    MLX                 X.weight (U32)    X.scales (U8)     none: 1
+    .dat (F# trainer)   X.weight.qdata    X.weight.scale    none: 1
 
-with codes U8 [out, in/2] and block scales F8_E4M3 [out, in/16]. Inside minifp4 scales multiply; that
-compressed-tensors stores the reciprocal of the global one (`value = e2m1 * scale / weight_global_scale`) is
-known to this module only. Our global scales are powers of two, so that the reciprocal is exact.
+with codes U8 [out, in/2] and block scales F8_E4M3 [out, in/16], viewed as other types by MLX. Inside minifp4
+scales multiply; that compressed-tensors stores the reciprocal of the global one (`value = e2m1 * scale /
+weight_global_scale`) is known to this module only. Our global scales are powers of two, so it is exact.
+
+Without a global scale small weights live in E4M3's subnormals: such files are quantized once more, from the
+stored weights, and a little coarser.
 """
 
 from typing import NamedTuple
@@ -15,13 +19,15 @@ from typing import NamedTuple
 import torch
 
 from .nvfp4 import BLOCK, NVFP4, dequantize, quantize
+from .packed import Packed, dense
 
 # Scales for quantized activations: W4A16 has none, so they are read by nobody.
 ACTIVATION_SCALES = (".input_global_scale", ".input_scale")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-class Packed(NamedTuple):
-    """Where the parts of one NVFP4 weight are: names in a file."""
+class Parts(NamedTuple):
+    """The names, in a file, of the parts of one NVFP4 weight."""
 
     qdata: str
     scale: str
@@ -29,45 +35,88 @@ class Packed(NamedTuple):
     reciprocal: bool = False
 
 
+def parts_of(weight, layout):
+    """The `Parts` of the parameter `weight` ("X.weight")."""
+    if layout == "hf":
+        return Parts(f"{weight}_packed", f"{weight}_scale", f"{weight}_global_scale", reciprocal=True)
+    if layout == "modelopt":
+        return Parts(weight, f"{weight}_scale", f"{weight}_scale_2")
+    if layout == "mlx":
+        return Parts(weight, weight.removesuffix("weight") + "scales", None)
+    return Parts(f"{weight}.qdata", f"{weight}.scale", None)  # .dat
+
+
 def find_packed(entries):
-    """{parameter name: Packed} for all NVFP4 weights among `entries` {name: (dtype, shape)}."""
+    """{parameter name: Parts} for all NVFP4 weights among `entries` {name: (dtype, shape)}."""
     found = {}
     for name, (dtype, _) in entries.items():
         if name.endswith(".weight_packed"):
-            weight = name.removesuffix("_packed")
-            found[weight] = Packed(name, f"{weight}_scale", f"{weight}_global_scale", reciprocal=True)
+            weight, layout = name.removesuffix("_packed"), "hf"
         elif name.endswith(".weight") and dtype == torch.uint8:
-            found[name] = Packed(name, f"{name}_scale", f"{name}_scale_2")
+            weight, layout = name, "modelopt"
+        elif name.endswith(".weight") and dtype == torch.uint32:
+            weight, layout = name, "mlx"
         elif name.endswith(".weight.qdata"):
-            weight = name.removesuffix(".qdata")
-            found[weight] = Packed(name, f"{weight}.scale", None)
+            weight, layout = name.removesuffix(".qdata"), "dat"
+        else:
+            continue
+        found[weight] = parts_of(weight, layout)
     return found
 
 
-def read_packed(file, parts):
-    """The `NVFP4` whose `parts` are in `file`. ValueError names what is missing or has a wrong shape or
+def read_nvfp4(file, parts):
+    """The `NVFP4` whose `parts` are in `file`; ValueError names what is missing or of a wrong shape or
     type."""
     missing = [name for name in parts[:3] if name is not None and name not in file.entries]
     if missing:
         raise ValueError(f"{file.path}: {parts.qdata!r} lacks its {', '.join(map(repr, missing))}")
-    qdata, scale = file[parts.qdata], file[parts.scale]
-    if qdata.dim() != 2 or scale.shape != (qdata.shape[0], qdata.shape[1] * 2 // BLOCK) or qdata.shape[1] % 8:
-        raise ValueError(
-            f"{file.path}: {parts.qdata!r} {[*qdata.shape]} and {parts.scale!r} {[*scale.shape]} do not fit"
-        )
+    qdata, scale = file[parts.qdata].view(torch.uint8), file[parts.scale]
+    rows, half = qdata.shape if qdata.dim() == 2 else (0, 0)
+    if not half or half % (BLOCK // 2) or scale.shape != (rows, half // (BLOCK // 2)):
+        shapes = f"{parts.qdata!r} {[*qdata.shape]} and {parts.scale!r} {[*scale.shape]}"
+        raise ValueError(f"{file.path}: {shapes} are not the codes and scales of one matrix")
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e4m3fn)
     if scale.dtype not in (torch.float8_e4m3fn, torch.float16):  # old .dat files keep E4M3 numbers as fp16
         raise ValueError(f"{file.path}: {parts.scale!r} has the type {scale.dtype}, expected float8_e4m3fn")
     if parts.global_scale is None:
         return NVFP4(qdata, scale, torch.ones(()))
     global_scale = file[parts.global_scale].float()
-    if global_scale.numel() != 1 or not (global_scale > 0).all():
+    if global_scale.numel() != 1 or not (global_scale > 0).all() or not global_scale.isfinite().all():
         raise ValueError(f"{file.path}: {parts.global_scale!r} must be one positive number")
     global_scale = global_scale.reshape(())
     return NVFP4(qdata, scale, 1 / global_scale if parts.reciprocal else global_scale)
 
 
-def hf_tensors(model, quantize_head=False):
-    """{name: tensor} of `model` as compressed-tensors keeps it: projections as NVFP4, all else as bf16."""
+def read_weight(file, name, parts, device):
+    """A parameter of `file`, copied to `device`: a `Packed` one with the very codes of the file, or as it
+    is."""
+    if parts is None:
+        return file[name].to(device, copy=True)
+    q = read_nvfp4(file, parts)
+    e4m3 = q.scale.to(torch.float8_e4m3fn)
+    if q.scale.dtype == torch.float16 and not torch.equal(e4m3.to(torch.float16), q.scale):
+        return dequantize(q).to(device)  # scales that only fp16 can hold
+    return Packed(NVFP4(*(part.to(device, copy=True) for part in (q.qdata, e4m3, q.global_scale))))
+
+
+def write_nvfp4(name, q, layout):
+    """{name in the file: tensor} for the parameter `name` with the codes `q`."""
+    parts, qdata, scale = parts_of(name, layout), q.qdata, q.scale
+    if layout == "mlx":
+        qdata, scale = qdata.contiguous().view(torch.uint32), scale.view(torch.uint8)
+    tensors = {parts.qdata: qdata, parts.scale: scale}
+    if parts.global_scale is not None:
+        tensors[parts.global_scale] = 1 / q.global_scale.reshape(1) if parts.reciprocal else q.global_scale
+    return tensors
+
+
+def tensors_of(model, layout, quantize_head=False):
+    """{name: tensor} of `model` in a layout: projections as NVFP4, embedding, norms and (by default) head
+    as bf16.
+
+    layout: "hf" (compressed-tensors), "modelopt", "mlx", or "bf16" for no NVFP4 at all.
+    """
     if quantize_head and model.config.tie_word_embeddings:
         raise ValueError(
             "the head is tied to the embedding, and no program reads an NVFP4 embedding: "
@@ -75,101 +124,123 @@ def hf_tensors(model, quantize_head=False):
         )
     tensors = {}
     for name, p in model.named_parameters():
-        if p.dim() == 1 or is_embedding(name) or is_head(name) and not quantize_head:
+        plain = layout == "bf16" or p.dim() == 1 or name == EMBEDDING or (name == HEAD and not quantize_head)
+        if plain:
             tensors[name] = plain_value(model, name)
+        elif layout == "mlx":
+            tensors |= write_nvfp4(name, single_level(p), layout)
         else:
-            q = module_of(model, name).codes()
-            tensors[f"{name}_packed"], tensors[f"{name}_scale"] = q.qdata, q.scale
-            tensors[f"{name}_global_scale"] = 1 / q.global_scale.reshape(1)
+            tensors |= write_nvfp4(name, module_of(model, name).codes(), layout)
     return tensors
-
-
-def plain_tensors(model):
-    """{name: tensor} of `model` in bf16, the values that the forward pass reads."""
-    return {name: plain_value(model, name) for name, _ in model.named_parameters()}
 
 
 def plain_value(model, name):
+    """The parameter `name` in bf16, as the forward pass reads it."""
     module = module_of(model, name)
-    return (
-        module.weight.detach().to(torch.bfloat16)
-        if module.weight.dim() == 1
-        else module.value(torch.bfloat16)
-    )
+    if module.weight.dim() == 1:
+        return module.weight.detach().to(torch.bfloat16)
+    return module.value(torch.bfloat16)
 
 
-def quantization_config(quantize_head=False):
-    """What config.json has to say about `hf_tensors`; readers fail, some of them silently, if a key is
-    missing."""
-    weights = {
-        "num_bits": 4, "type": "float", "symmetric": True, "group_size": BLOCK, "strategy": "tensor_group",
-        "dynamic": False,
-    }  # fmt: skip
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear", "lm_head"] if quantize_head else ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-            }
-        },
-        "ignore": [] if quantize_head else ["lm_head"],
-    }
+def single_level(weight):
+    """A weight's `NVFP4` with global scale 1: the codes that it has, if it is packed like that, or new
+    ones."""
+    if isinstance(weight, Packed) and weight.global_scale == 1:
+        return weight.nvfp4()
+    return quantize(dense(weight), global_scale=1.0)
+
+
+def expected_value(model, name, layout):
+    """What a reader of the parameter `name` must get after a way through `layout`."""
+    weight = module_of(model, name).weight
+    if layout == "dat" and (weight.dim() == 1 or name == EMBEDDING):
+        return dense(weight)
+    if layout == "dat" or (layout == "mlx" and weight.dim() == 2 and name not in (EMBEDDING, HEAD)):
+        return dequantize(single_level(weight))
+    return plain_value(model, name)
 
 
 def dat_tensors(model):
-    """{name: tensor} of `model` as the F# trainer keeps it: raw fp16, and NVFP4 for the projections and the
-    head.
+    """{name: tensor} of `model` as the F# trainer keeps it: raw fp16, and NVFP4 for projections and head.
 
-    It has an entry for the head even if that is tied. There is no global scale, so the stored weights are
-    quantized once more, each block with a scale of its own.
+    It has an entry for the head even if that is tied.
     """
     tensors = {}
-    names = dict.fromkeys([*(name for name, _ in model.named_parameters()), "lm_head.weight"])
-    for name in names:
-        weight = module_of(model, name).weight.detach()
-        if weight.dim() == 1 or is_embedding(name):
-            tensors[name] = weight.to(torch.float16)
+    for name in dict.fromkeys([*(name for name, _ in model.named_parameters()), HEAD]):
+        weight = module_of(model, name).weight
+        if weight.dim() == 1 or name == EMBEDDING:
+            tensors[name] = dense(weight).to(torch.float16)
         else:
-            q = quantize(weight, global_scale=1.0)
-            tensors[f"{name}.qdata"], tensors[f"{name}.scale"] = q.qdata, q.scale
+            tensors |= write_nvfp4(name, single_level(weight), "dat")
     return tensors
 
 
-def dat_value(model, name):
-    """What the parameter `name` is worth after a way through `dat_tensors`."""
-    weight = module_of(model, name).weight.detach()
-    if weight.dim() == 1 or is_embedding(name):
-        return weight.to(torch.float16)
-    return dequantize(quantize(weight, global_scale=1.0))
+def dat_replacements(model, trained, entries):
+    """{name: tensor} for all entries of a `.dat` that the parameters `trained` stand behind, in their own
+    types."""
+    fresh, found = dat_tensors(model), {}
+    names = set(trained) | ({HEAD} if model.config.tie_word_embeddings and EMBEDDING in trained else set())
+    for name in names:
+        for key in (name, *parts_of(name, "dat")[:2]):
+            if key in fresh and key in entries:
+                found[key] = fresh[key].to(entries[key][0])
+        if not found.keys() & {name, f"{name}.qdata"}:
+            raise ValueError(f"the trained weight {name!r} has no entry in the input .dat")
+    return found
+
+
+def config_keys(layout, quantize_head=False):
+    """What config.json has to say about `tensors_of`; readers fail, some of them silently, if a key is
+    missing."""
+    keys = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    if layout == "hf":
+        weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": BLOCK}
+        weights |= {"strategy": "tensor_group", "dynamic": False}
+        targets = ["Linear", "lm_head"] if quantize_head else ["Linear"]
+        group = {"targets": targets, "weights": weights, "input_activations": None}
+        keys["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": [] if quantize_head else ["lm_head"],
+        }
+    elif layout == "modelopt":
+        keys["quantization_config"] = {"quant_method": "modelopt", **modelopt_keys(quantize_head)}
+    elif layout == "mlx":
+        keys["quantization"] = {"group_size": BLOCK, "bits": 4, "mode": "nvfp4"}
+    return keys
+
+
+def modelopt_keys(quantize_head=False):
+    """The content of ModelOpt's hf_quant_config.json."""
+    return {
+        "producer": {"name": "minifp4"},
+        "quantization": {
+            "quant_algo": "W4A16_NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": BLOCK,
+            "exclude_modules": [] if quantize_head else ["lm_head"],
+        },
+    }
 
 
 def module_of(model, name):
     return model.get_submodule(name.removesuffix(".weight"))
 
 
-def is_head(name):
-    return name == "lm_head.weight"
+def count(names):
+    """How many of the `names` in a file stand for which kind of tensor."""
+    counts = {}
+    for name in names:
+        counts[_kind(name)] = counts.get(_kind(name), 0) + 1
+    return counts
 
 
-def is_embedding(name):
-    return name == "model.embed_tokens.weight"
-
-
-def kind_of(key):
-    """For counting: which kind of tensor a name in a file stands for."""
-    if key.endswith(("_scale", ".scale")):
+def _kind(name):
+    if name.endswith(("_scale", "_scale_2", ".scale", ".scales")):
         return "scales"
-    for kind in ("lm_head", "embed_tokens", "norm"):
-        if kind in key.rsplit(".", 2)[-2] or key.startswith(kind):
-            return "norms" if kind == "norm" else kind
-    return "projections"
-
-
-def read_dense(file, name, parts=None):
-    """A parameter of `file` as an ordinary tensor: as it is, or decoded to bf16 (exact for power-of-two
-    scales)."""
-    return file[name] if parts is None else dequantize(read_packed(file, parts), torch.bfloat16)
+    for kind in ("lm_head", "embed_tokens"):
+        if kind in name:
+            return kind
+    return "norms" if "norm." in name else "projections"

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .nvfp4 import fake_quantize, quantize, row_chunks, weight_global_scale
+from .nvfp4 import fake_quantize, quantize, row_slices, weight_global_scale
+from .packed import Packed, dense
 
 IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
 WORDS = 16384  # of the vocabulary that `cross_entropy` looks at at once
@@ -42,14 +43,17 @@ class Linear(nn.Module):
         self.decoded = None
 
     def global_scale(self):
-        """The fp32 [] scale of the group's weights; None if the product reads the weight as it is."""
-        return weight_global_scale(*(layer.weight for layer in self.group)) if self.quantized else None
+        """The fp32 [] scale of the group's weights; None if the product reads the weight as it is stored."""
+        if not self.quantized or isinstance(self.weight, Packed):
+            return None
+        return weight_global_scale(*(dense(layer.weight) for layer in self.group))
 
     def codes(self):
         """The weight as `NVFP4`: what the product reads if `quantized`."""
-        return quantize(
-            self.weight.detach(), global_scale=weight_global_scale(*(x.weight for x in self.group))
-        )
+        if isinstance(self.weight, Packed):
+            return self.weight.nvfp4()
+        shared = weight_global_scale(*(dense(layer.weight) for layer in self.group))
+        return quantize(dense(self.weight), global_scale=shared)
 
     def value(self, dtype):
         """The weight as the product reads it, dense, in `dtype`."""
@@ -71,7 +75,8 @@ class Embedding(nn.Module):
         self.quantized = False
 
     def global_scale(self):
-        return weight_global_scale(self.weight) if self.quantized else None
+        as_stored = not self.quantized or isinstance(self.weight, Packed)
+        return None if as_stored else weight_global_scale(dense(self.weight))
 
     def value(self, dtype):
         """All rows as the look-up reads them, in `dtype`."""
@@ -87,11 +92,14 @@ def share_global_scale(*layers):
         layer.group = list(layers)
 
 
-def weight_value(weight, global_scale, dtype):
-    """A dense weight (or some rows of it) as the forward pass reads it."""
+def weight_value(weight, global_scale, dtype, rows=slice(None)):
+    """A weight, or some rows of it (a slice or row numbers), as the forward pass reads it: dense, in
+    `dtype`."""
+    if isinstance(weight, Packed):
+        return weight.decode(rows).to(dtype)
     if global_scale is None:
-        return weight.detach().to(dtype)
-    return fake_quantize(weight.detach(), global_scale, dtype)
+        return weight.detach()[rows].to(dtype)
+    return fake_quantize(weight.detach()[rows], global_scale, dtype)
 
 
 class _MatrixProduct(torch.autograd.Function):
@@ -116,7 +124,7 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, weight, global_scale, dtype):
         ctx.save_for_backward(ids, weight)
-        return weight_value(weight[ids.flatten()], global_scale, dtype).unflatten(0, ids.shape)
+        return weight_value(weight, global_scale, dtype, ids.flatten()).unflatten(0, ids.shape)
 
     @staticmethod
     def backward(ctx, dy):
@@ -144,7 +152,7 @@ class _CrossEntropy(torch.autograd.Function):
         total = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)  # logsumexp so far, [N]
         wanted = torch.zeros_like(total)  # the target's logit, [N]
         for words, w4 in _vocabulary_slices(hidden, weight, global_scale):
-            for tokens in row_chunks(hidden, max(1, LOGITS // len(w4))):
+            for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))):
                 logits = (hidden[tokens] @ w4.T).float()
                 total[tokens] = torch.logaddexp(total[tokens], logits.logsumexp(-1))
                 index, here = _place_in(words, targets[tokens])
@@ -159,7 +167,7 @@ class _CrossEntropy(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = hidden.new_zeros(weight.shape) if ctx.needs_input_grad[1] else None
         for words, w4 in _vocabulary_slices(hidden, weight, ctx.global_scale):
-            for tokens in row_chunks(hidden, max(1, LOGITS // len(w4))):
+            for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))):
                 # d loss / d logits = (probability - 1 at the target) / N
                 dlogits = ((hidden[tokens] @ w4.T).float() - total[tokens].unsqueeze(-1)).exp()
                 index, here = _place_in(words, targets[tokens])
@@ -173,8 +181,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _vocabulary_slices(hidden, weight, global_scale):
-    for words in row_chunks(weight, WORDS):
-        yield words, weight_value(weight[words], global_scale, hidden.dtype)
+    for words in row_slices(len(weight), WORDS):
+        yield words, weight_value(weight, global_scale, hidden.dtype, words)
 
 
 def _place_in(words, targets):

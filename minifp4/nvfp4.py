@@ -82,12 +82,22 @@ def quantize(x, rounding="nearest", *, global_scale=None, generator=None):
     noise = None
     if rounding == "stochastic":
         noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-    return NVFP4(*encode(x, encode_scale, noise), global_scale)
+        noise = as_matrix(noise)
+    qdata = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(*x.shape[:-1], x.shape[-1] // BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
+    matrix, codes, scales = as_matrix(x.detach()), as_matrix(qdata), as_matrix(scale)
+    for rows in row_chunks(matrix):
+        codes[rows], scales[rows] = encode(matrix[rows], encode_scale, None if noise is None else noise[rows])
+    return NVFP4(qdata, scale, global_scale)
 
 
 def dequantize(q, dtype=torch.float32):
     """The numbers that `q` stands for, [..., K], computed in fp32 and rounded once to `dtype`."""
-    return decode(q.qdata, q.scale, q.global_scale).to(dtype)
+    values = torch.empty(*q.qdata.shape[:-1], 2 * q.qdata.shape[-1], dtype=dtype, device=q.qdata.device)
+    matrix, codes, scales = as_matrix(values), as_matrix(q.qdata), as_matrix(q.scale)
+    for rows in row_chunks(matrix):
+        matrix[rows] = decode(codes[rows], scales[rows], q.global_scale)
+    return values
 
 
 def weight_global_scale(*weights):
@@ -107,12 +117,18 @@ def weight_global_scale(*weights):
 
 
 def fake_quantize(x, global_scale, dtype=torch.float32):
-    """`dequantize(quantize(x))` for a weight `x` [rows, K], without keeping the codes."""
+    """`dequantize(quantize(x))` without keeping the codes: what a 4-bit product makes of a weight `x`."""
     check_quantizable(x)
-    value = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for rows in row_chunks(x):
-        value[rows] = decode(*encode(x[rows], 1 / global_scale), global_scale)
-    return value
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    matrix, into = as_matrix(x.detach()), as_matrix(values)
+    for rows in row_chunks(matrix):
+        into[rows] = decode(*encode(matrix[rows], 1 / global_scale), global_scale)
+    return values
+
+
+def as_matrix(x):
+    """[..., K] -> [rows, K], a view where the layout allows it."""
+    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
 def row_chunks(x, rows=0):
@@ -121,9 +137,13 @@ def row_chunks(x, rows=0):
     On a CPU a piece and its temporaries should stay in the cache (5 times faster than whole matrices); a
     GPU wants few large launches. Every result of this package is the same for every choice.
     """
-    if not rows:
-        rows = max(1, (2**24 if x.device.type == "cuda" else 2**18) // max(1, x[0].numel()))
-    return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+    numbers = x.numel() // max(1, len(x))  # in a row
+    rows = rows or max(1, (2**24 if x.device.type == "cuda" else 2**18) // max(1, numbers))
+    return row_slices(len(x), rows)
+
+
+def row_slices(count, rows):
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def check_quantizable(x):

@@ -15,11 +15,10 @@ The official Rust library reads what is written here, and the other way round (`
 
 import json
 import math
-from pathlib import Path
 
 import torch
 
-from .files import map_bytes, replacing, tensor_over, write_tensor
+from .files import TensorFile, replacing, write_tensor
 
 HEADER_MAX = 100_000_000  # bytes; the official limit
 DTYPES = {
@@ -31,55 +30,47 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class SafeFile:
-    """The tensors of one file: `file.entries` {name: (dtype, shape)}, `file[name]` a tensor over the mapped
-    bytes."""
+class SafeFile(TensorFile):
+    """The tensors of one file; `metadata` is what its `__metadata__` says."""
 
     def __init__(self, path):
-        self.path = Path(path)
-        self._bytes = map_bytes(path)
-        header, start = _header(self.path, self._bytes)
+        super().__init__(path)
+        header, start = self._header()
         self.metadata = header.pop("__metadata__", {})
         if not isinstance(self.metadata, dict) or not all(
             isinstance(text, str) for text in self.metadata.values()
         ):
             raise ValueError(f"{path}: __metadata__ must map strings to strings")
-        self.entries, self._places = {}, {}
         for name, entry in header.items():
             dtype, shape, begin, end = _entry(entry, f"{path}: tensor {name!r}")
             self.entries[name] = (dtype, shape)
-            self._places[name] = (start + begin, start + end)
+            self.places[name] = (start + begin, start + end)
         self._check_coverage(start)
 
+    def _header(self):
+        """The header's JSON object, and where the data starts."""
+        if self.size < 8:
+            raise ValueError(f"{self.path}: {self.size} bytes are too few for a safetensors file")
+        length = int.from_bytes(self.file.read(8), "little")
+        if length > HEADER_MAX or 8 + length > self.size:
+            raise ValueError(
+                f"{self.path}: a header of {length} bytes does not fit; not a safetensors file, or cut short"
+            )
+        try:
+            header = json.loads(self.file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: the header is not valid JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise ValueError(f"{self.path}: the header is not a JSON object")
+        return header, 8 + length
+
     def _check_coverage(self, at):
-        for name, (begin, end) in sorted(self._places.items(), key=lambda item: item[1]):
+        for name, (begin, end) in sorted(self.places.items(), key=lambda item: item[1]):
             if begin != at:
                 raise ValueError(f"{self.path}: tensor {name!r} leaves a hole or overlaps another")
             at = end
-        if at != len(self._bytes):
-            raise ValueError(f"{self.path}: the tensors end at byte {at}, the file at {len(self._bytes)}")
-
-    def __getitem__(self, name):
-        begin, end = self._places[name]
-        return tensor_over(self._bytes[begin:end], *self.entries[name])
-
-
-def _header(path, data):
-    """The header's JSON object, and where the data starts."""
-    if len(data) < 8:
-        raise ValueError(f"{path}: {len(data)} bytes are too few for a safetensors file")
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > HEADER_MAX or 8 + length > len(data):
-        raise ValueError(
-            f"{path}: a header of {length} bytes does not fit; not a safetensors file, or cut short"
-        )
-    try:
-        header = json.loads(data[8 : 8 + length].tobytes().decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the header is not valid JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: the header is not a JSON object")
-    return header, 8 + length
+        if at != self.size:
+            raise ValueError(f"{self.path}: the tensors end at byte {at}, the file at {self.size}")
 
 
 def _no_duplicates(pairs):

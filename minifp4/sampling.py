@@ -25,12 +25,10 @@ def choose(logits, *, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def stream(model, ids, max_new_tokens, stop_ids=(), cache=None, **sampling):
-    """Yield up to `max_new_tokens` token numbers that follow `ids`; ends before one of `stop_ids`.
-
-    cache: a `KVCache` of what came before `ids`; by default a new one.
-    """
-    cache = cache or new_cache(model, len(ids) + max_new_tokens)
+def stream(model, ids, max_new_tokens, stop_ids=(), **sampling):
+    """Yield up to `max_new_tokens` token numbers that follow `ids`; ends before one of `stop_ids`."""
+    capacity = len(ids) + max_new_tokens
+    cache = KVCache(model.config, 1, capacity, model.device, model.model.compute_dtype)
     with model.decoded():
         for _ in range(max_new_tokens):
             hidden = model.model(torch.tensor([ids], device=model.device), cache)
@@ -39,10 +37,6 @@ def stream(model, ids, max_new_tokens, stop_ids=(), cache=None, **sampling):
                 return
             yield token
             ids = [token]
-
-
-def new_cache(model, capacity):
-    return KVCache(model.config, 1, capacity, model.device, model.model.compute_dtype)
 
 
 def generate(model, tokenizer, prompt, *, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=None):

@@ -1,14 +1,18 @@
 """Which weights train, that the others stay bit for bit, and what `load` refuses."""
 
+import copy
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import small_directory, small_model, train
+from conftest import CONFIG, ROOT, small_directory, small_model, train
 
 import minifp4
-from minifp4 import checkpoint, safetensors
+from minifp4 import checkpoint, packed, safetensors
+from minifp4.model import Config, Qwen3
 
 
 def weights(path):
@@ -138,3 +142,123 @@ def test_dimensions_that_are_not_whole_blocks_are_refused(tmp_path):
         minifp4.load(path)
     plain, _ = minifp4.load(path, quantize=False)
     assert plain(torch.zeros(1, 2, dtype=torch.int64)).isfinite().all()
+
+
+def test_a_checkpoint_of_transformers_5_trains(tmp_path, tsv):
+    """Written by `save_pretrained`, in shards, with version 5's config; every tensor finds its place."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "model"
+    config = transformers.Qwen3Config(**CONFIG | {"tie_word_embeddings": True, "torch_dtype": "bfloat16"})
+    twin = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    twin.save_pretrained(path, max_shard_size="100KB")
+    shutil.copy(minifp4.BASE / "tokenizer.json", path)
+    assert "rope_parameters" in (path / "config.json").read_text()
+    assert len(list(path.glob("*.safetensors"))) > 1
+    model, _ = minifp4.load(path, quantize=False)
+    theirs = twin.state_dict()
+    assert all(torch.equal(p, theirs[name].to(p.dtype)) for name, p in model.named_parameters())
+    train(model=str(path), train_data=str(tsv), steps=1, train_embed=True, out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "places, message",
+    [
+        ({HEAD: "../model.safetensors"}, "is not a file name in this directory"),
+        ({HEAD: "/etc/passwd"}, "is not a file name in this directory"),
+        ({HEAD: ".."}, "is not a file name in this directory"),
+        ({HEAD: 3}, "must map tensor names to file names"),
+        ({HEAD: "absent.safetensors"}, "absent.safetensors does not exist"),
+        ([], "must map tensor names to file names"),
+    ],
+)
+def test_an_index_cannot_reach_outside_its_directory(tmp_path, places, message):
+    path = small_directory(tmp_path / "model", small_model())
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises((ValueError, OSError), match=message):
+        minifp4.load(path)
+
+
+def packed_model(tmp_path, change):
+    """The bundled model with some of its tensors changed."""
+    path = tmp_path / "model"
+    shutil.copytree(minifp4.BASE, path)
+    break_weights(path, change)
+    return path
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(f"{Q}_scale"), "q_proj.weight_packed' lacks its 'model.*weight_scale'"),
+        (
+            lambda t: t.update({f"{Q}_packed": t[f"{Q}_packed"][:, :8]}),
+            "not the codes and scales of one matrix",
+        ),
+        (lambda t: t.update({f"{Q}_scale": t[f"{Q}_scale"].float()}), "expected float8_e4m3fn"),
+        (lambda t: t.update({f"{Q}_global_scale": torch.zeros(1)}), "must be one positive number"),
+        (lambda t: t.update({f"{Q}_global_scale": torch.ones(2)}), "must be one positive number"),
+    ],
+)
+def test_broken_nvfp4_weights_are_refused_by_name(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        minifp4.load(packed_model(tmp_path, change))
+
+
+def test_scales_of_activations_are_not_needed(tmp_path):
+    """Checkpoints for 4-bit activations (W4A4) carry them; the weights are read all the same."""
+    path = packed_model(
+        tmp_path, lambda t: t.update({Q.replace("weight", "input_global_scale"): torch.ones(1)})
+    )
+    assert torch.equal(minifp4.load(path)[0].lm_head.weight, minifp4.load()[0].lm_head.weight)
+
+
+def test_packed_weights_are_parameters_like_others():
+    model, _ = minifp4.load()
+    weight = model.get_parameter(Q)
+    assert (
+        isinstance(weight, torch.nn.Parameter)
+        and weight.shape == (512, 256)
+        and weight.dtype == torch.bfloat16
+    )
+    assert packed.bytes_of(weight) == 512 * 256 * 0.5625 + 4
+    twin = copy.deepcopy(model)
+    assert twin.get_parameter(Q).qdata.data_ptr() != weight.qdata.data_ptr()
+    assert torch.equal(twin.get_parameter(Q).decode(), weight.decode())
+    assert torch.equal(twin.to("cpu").state_dict()[Q].decode(), weight.decode())
+    twin.load_state_dict(model.state_dict())
+    with pytest.raises(NotImplementedError, match="no dense values: use .decode()"):
+        weight + 1
+
+
+MEASURE = """
+import re, sys
+sys.path.insert(0, {root!r})
+import minifp4
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+
+minifp4.load()  # everything is imported, and torch has made its buffers
+before = peak()
+model, _ = minifp4.load({path!r})
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory in Linux's units")
+def test_loading_takes_the_model_and_one_tensor_more(tmp_path):
+    """Peak memory while loading 0.4 GB: the weights once, and little more than one tensor twice."""
+    path = small_directory(tmp_path / "model", small_model())
+    config = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
+    break_config(path, **config)
+    with torch.device("meta"):
+        model = Qwen3(Config.from_dict(CONFIG | config))
+    tensors = {name: torch.ones(p.shape, dtype=torch.bfloat16) for name, p in model.named_parameters()}
+    safetensors.write(path / "model.safetensors", tensors)
+    sizes = [2 * p.numel() for p in model.parameters()]
+    code = MEASURE.format(root=str(ROOT), path=str(path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.95 * sum(sizes) <= int(done.stdout) <= sum(sizes) + 1.5 * max(sizes)

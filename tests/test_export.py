@@ -8,6 +8,7 @@ from conftest import export, small_directory, small_model, train
 
 import minifp4
 from minifp4 import checkpoint, dat, formats, safetensors
+from minifp4.files import bits
 
 
 @pytest.fixture
@@ -133,3 +134,163 @@ def test_verification_notices_a_wrong_byte(trained, monkeypatch):
     with pytest.raises(ValueError, match="differs from the checkpoint"):
         export(checkpoint=str(out), format=["hf"])
     export(checkpoint=str(out), format=["hf"], verify=False)
+
+
+def test_modelopt_layout_through_compressed_tensors_own_converter(trained):
+    """Their converter makes of our ModelOpt directory exactly our compressed-tensors directory."""
+    module = "compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4"
+    converter = pytest.importorskip(module).ModelOptNvfp4Converter(ignore=["lm_head"], targets=["re:.*proj$"])
+    paths = export(checkpoint=str(trained()), format=["hf", "modelopt"])
+    files = {name: safetensors.SafeFile(path / "model.safetensors") for name, path in paths.items()}
+    tensors = {name: files["modelopt"][name] for name in files["modelopt"].entries}
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale_2"].shape == ()
+    converted = converter.validate(tensors)
+    assert converted.keys() == files["hf"].entries.keys()
+    for name, tensor in converted.items():
+        assert torch.equal(bits(tensor), bits(files["hf"][name])), name
+    config = json.loads((paths["modelopt"] / "hf_quant_config.json").read_text())
+    assert config["quantization"]["quant_algo"] == "W4A16_NVFP4"
+    assert (
+        json.loads((paths["modelopt"] / "config.json").read_text())["quantization_config"].items()
+        >= config.items()
+    )
+
+
+def test_mlx_layout(trained):
+    """Read by hand: eight codes in each little-endian 32-bit word, lowest first; scale bytes are E4M3."""
+    out = trained()
+    path = export(checkpoint=str(out), format=["mlx"])["mlx"]
+    file, model = safetensors.SafeFile(path / "model.safetensors"), minifp4.load(out)[0]
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        words, scales = file[f"{name}.weight"], file[f"{name}.scales"]
+        assert words.dtype == torch.uint32 and scales.dtype == torch.uint8
+        codes = torch.stack([words.to(torch.int64) >> 4 * place & 15 for place in range(8)], -1).flatten(1)
+        values = grid[codes].unflatten(1, (-1, 16)) * scales.view(torch.float8_e4m3fn).float().unsqueeze(-1)
+        weight = model.get_submodule(name).weight.float()
+        assert (values.flatten(1) - weight).norm() < 0.11 * weight.norm()
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+
+
+def test_shards_of_a_size(trained):
+    """Several files and an index that transformers and minifp4 read as one."""
+    transformers = pytest.importorskip("transformers")
+    out = trained()
+    path = export(checkpoint=str(out), format=["hf"], shard_gb=5e-5)["hf"]
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    total = sum(
+        tensor.numel() * tensor.element_size() for file in files for tensor in load_all(path / file).values()
+    )
+    assert index["metadata"]["total_size"] == total and sorted(set(index["weight_map"].values())) == files
+    whole = export(checkpoint=str(out), format=["hf"], out=str(out / "whole"))["hf"]
+    ids = torch.arange(9).view(1, -1)
+    assert torch.equal(minifp4.load(path)[0](ids), minifp4.load(whole)[0](ids))
+    twin, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def load_all(path):
+    file = safetensors.SafeFile(path)
+    return {name: file[name].clone() for name in file.entries}
+
+
+@pytest.mark.parametrize("layout", ["hf", "modelopt", "mlx", "bf16", "dat"])
+def test_minifp4_reads_what_it_wrote(trained, layout):
+    """The same codes, not quantized again, and so the same text from every source of the same weights."""
+    out = trained()
+    how = {"format": ["hf"], "dequantize": True} if layout == "bf16" else {"format": [layout]}
+    path = next(iter(export(checkpoint=str(out), **how).values()))
+    if layout == "dat":
+        newest = checkpoint.model_directory(out)
+        for name in ("config.json", "tokenizer.json"):
+            (out / name).write_bytes((newest / name).read_bytes())
+    model, tokenizer = minifp4.load(path)
+    one_level = layout in ("mlx", "dat")
+    trained_model = minifp4.load(checkpoint.checkpoints(out)[-1])[0]
+    for name, layer in model.named_modules():
+        if name.endswith("_proj"):
+            source = trained_model.get_submodule(name)
+            q = formats.single_level(source.weight) if one_level else source.codes()
+            assert torch.equal(layer.value(torch.float32), minifp4.dequantize(q)), name
+            assert layout == "bf16" or torch.equal(layer.weight.qdata, q.qdata)
+    if not one_level:
+        ids = torch.arange(20).view(1, -1)
+        expected = minifp4.load(export(checkpoint=str(out), format=["hf"])["hf"])[0](ids)
+        assert torch.equal(model(ids), expected)
+
+
+def f_sharp_dat(path, model, scales=torch.float8_e4m3fn, raw=torch.float16):
+    """A `.dat` with the structure of Qwen3-4B-Instruct-2507-nvfp4.dat, and one entry that is no weight."""
+    tensors = {}
+    for name, tensor in formats.dat_tensors(model).items():
+        dtype = scales if name.endswith(".scale") else raw if tensor.dtype == torch.float16 else tensor.dtype
+        tensors[name] = tensor.to(dtype)
+    dat.write(path, tensors)
+    return path
+
+
+def test_the_f_sharp_command_line_as_typed(tmp_path, tsv, monkeypatch, capsys):
+    """All weights of a synthetic .dat train, and every trained entry of the new .dat is new, in its own
+    type."""
+    import train as program
+    from minifp4 import cli
+
+    model = small_model(tie_word_embeddings=True)
+    directory = small_directory(tmp_path / "models", model)
+    (directory / "model.safetensors").unlink()
+    f_sharp_dat(directory / "in.dat", model, scales=torch.float16, raw=torch.float32)
+    command = (
+        f"--train-data {tsv} --input-dat {directory}/in.dat --output-dat out.dat --steps 6 --loss ce "
+        "--seq-len 96 --step-chunk-rows 64 --lr 0.00005 --log-every 1 --test-max-tokens 24 "
+        "--sample-mode random --seed 20260226 --train-lm-head --train-embed"
+    )
+    monkeypatch.chdir(tmp_path)
+    program.main(cli.parse(program.Settings, command.split(), ""))
+    assert "replaced entries: qdata=15 scale=15 raw=10\n" in capsys.readouterr().out
+    before, after = dat.DatFile(directory / "in.dat"), dat.DatFile("out.dat")
+    assert before.entries == after.entries and before.places == after.places
+    same = [name for name in before.entries if torch.equal(before[name], after[name])]
+    assert [name for name in same if name.endswith((".qdata", "_tokens.weight"))] == []
+    trained = minifp4.load("out")[0]
+    (tmp_path / "config.json").write_bytes((checkpoint.model_directory("out") / "config.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    again = minifp4.load("out.dat")[0]
+    for name, p in trained.named_parameters():
+        other = again.get_parameter(name)
+        other = other.decode() if hasattr(other, "decode") else other
+        assert (other.float() - p.float()).norm() < 0.11 * p.float().norm(), name
+    again_too = export(checkpoint="out", format=["dat"], input_dat=str(directory / "in.dat"), out="again")[
+        "dat"
+    ]
+    assert again_too.read_bytes() == (tmp_path / "out.dat").read_bytes()
+
+
+@pytest.mark.parametrize("last_layers", [0, 1])
+def test_dat_entries_that_did_not_train_stay_byte_for_byte(tmp_path, last_layers):
+    """Nothing trained: the same file, even onto itself. One layer trained: 7 pairs and 4 norms are new."""
+    model = small_model()
+    source = f_sharp_dat(tmp_path / "in.dat", model)
+    data = source.read_bytes()
+    if not last_layers:
+        assert set(checkpoint.write_dat(source, model, source, []).values()) == {0}
+        assert source.read_bytes() == data
+        return
+    trained = [name for name, _ in model.named_parameters() if name.startswith("model.layers.1.")]
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).mul_(3)
+    counts = checkpoint.write_dat(source, model, source, trained)
+    assert counts == {"qdata": 7, "scale": 7, "raw": 4}
+    (tmp_path / "old.dat").write_bytes(data)
+    old, new = dat.DatFile(tmp_path / "old.dat"), dat.DatFile(source)
+    changed = {name for name in old.entries if not torch.equal(bits(old[name]), bits(new[name]))}
+    inside = {name for name in old.entries if name.startswith("model.layers.1.")}
+    assert {name for name in inside if not name.endswith(".qdata")} <= changed <= inside
+    with pytest.raises(ValueError, match="'model.norm.weight' has no entry"):
+        dat.write(source, {"x": torch.ones(1)})
+        checkpoint.write_dat(source, model, source, ["model.norm.weight"])
