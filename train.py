@@ -21,9 +21,9 @@ import torch
 import minifp4
 from minifp4 import chat, checkpoint
 from minifp4.cli import check, choose_device, given, option, run, spellings
-from minifp4.files import only_user, remove
+from minifp4.files import only_user, remove, replacing
 from minifp4.packed import bytes_of
-from minifp4.precision import FLOATS, KINDS
+from minifp4.precision import FLOATS, KINDS, MASTERS
 
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
 
@@ -82,7 +82,7 @@ class Settings:
         choices=("ce", "scalar"),
     )
 
-    master_dtype: str = option("bf16", "precision", "in which the weights are stored", choices=tuple(FLOATS))
+    master_dtype: str = option("nvfp4x2", "precision", "in which the weights are stored", choices=MASTERS)
     optimizer_state: str = option("nvfp4", "precision", "in which AdamW's moments are stored", choices=KINDS)
     compute_dtype: str = option(
         None,
@@ -256,7 +256,7 @@ def choose_weights(model, settings, source):
         last_layers=settings.train_last_layers,
     )
     if not source:
-        checkpoint.set_masters(model, FLOATS[settings.master_dtype])
+        checkpoint.set_masters(model, settings.master_dtype)
     return counts
 
 
@@ -280,7 +280,7 @@ def train(model, tokenizer, optimizer, examples, settings, start, save):
     """The steps after `start`; a line of text and one of metrics.jsonl every --log-every of them."""
     skipped, tokens, since = 0, 0, time.perf_counter()
     metrics = Path(settings.out) / "metrics.jsonl"
-    records = read_metrics(metrics, start)
+    keep_metrics(metrics, start)
     for step in range(start, settings.steps):
         batches = make_batches(examples, step, settings, tokenizer.end_of_text, model.device)
         loss, norm = backward(model, optimizer, batches, settings.loss)
@@ -288,24 +288,28 @@ def train(model, tokenizer, optimizer, examples, settings, start, save):
         if math.isfinite(loss) and math.isfinite(norm):
             clip = min(1.0, settings.grad_clip / norm) if settings.grad_clip and norm else 1.0
             optimizer.step(clip)
+            model.refit()
         else:  # one bad step must not poison the weights
             skipped += 1
         optimizer.zero_grad()
         tokens += sum(ids.numel() for ids, _ in batches)
         if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
             speed = tokens / (time.perf_counter() - since)
-            records.append(log(step + 1, loss, norm, optimizer, skipped, speed, settings))
-            metrics.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            record = log(step + 1, loss, norm, optimizer, skipped, speed, settings)
+            with open(metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
             optimizer.reset_moved()
             tokens, since = 0, time.perf_counter()
         if settings.save_every and (step + 1) % settings.save_every == 0:
             save(step + 1)
 
 
-def read_metrics(path, start):
-    """The records of the steps up to `start`, of a run that goes on."""
-    lines = path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else []
-    return [record for record in map(json.loads, lines) if record["step"] <= start]
+def keep_metrics(path, start):
+    """Leave the lines of the steps up to `start`, of a run that goes on; a killed run may have left half a
+    line."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if start and path.is_file() else []
+    with replacing(path) as aside:
+        aside.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
 
 
 def make_batches(examples, step, settings, pad, device):

@@ -21,10 +21,11 @@ from torch import nn
 from . import dat, formats, safetensors
 from .chat import Tokenizer
 from .files import replacing
-from .formats import ACTIVATION_SCALES, HEAD, find_packed, read_weight, write_nvfp4
+from .formats import ACTIVATION_SCALES, HEAD, find_packed, module_of, read_weight, stored_tensors
 from .model import Config, Qwen3
-from .nvfp4 import BLOCK
-from .packed import Packed, dense
+from .nvfp4 import BLOCK, weight_global_scale
+from .packed import dense, pack, pack_exactly
+from .precision import FLOATS
 
 BASE = Path(__file__).parent / "assets" / "base"  # the bundled model
 WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
@@ -130,7 +131,7 @@ def read_weights(model, files, device):
     wanted, found, known = dict(model.named_parameters()), {}, set()
     for file in files:
         packed = find_packed(file.entries)
-        known |= {part for parts in packed.values() for part in parts[:3]}
+        known |= {part for parts in packed.values() for part in (*parts[:3], *parts.residual)}
         for name in [*packed, *(file.entries.keys() - known)]:
             if name in found:
                 raise ValueError(f"{file.path}: {name!r} is also in {found[name][0].path}")
@@ -159,7 +160,11 @@ def read_weights(model, files, device):
             raise ValueError(
                 f"{file.path}: {name!r} {[*value.shape]}: NVFP4 needs rows of a multiple of {BLOCK}"
             )
-        set_weight(model, name, value.float() if value.dim() == 1 else value)
+        if value.dim() == 1:
+            value = value.float()
+        elif parts is None and getattr(module_of(model, name), "quantized", False):
+            value = pack_exactly(value)
+        set_weight(model, name, value)
 
 
 def _some(names):
@@ -215,11 +220,24 @@ def choose_trained(model, *, lm_head, embed, last_layers=0):
     return counts
 
 
-def set_masters(model, dtype):
-    """Store the matrices that train in `dtype`; frozen ones stay as they are, bit for bit."""
+@torch.no_grad()
+def set_masters(model, kind):
+    """Store the matrices that train as `kind` (of `precision.MASTERS`); frozen ones stay as they are, all
+    bits."""
+    scales = {}
+    for module in [
+        *model.linears(),
+        model.model.embed_tokens,
+    ]:  # before any weight changes, as groups share one
+        scales[module] = weight_global_scale(*(dense(other.weight) for other in module.group))
     for name, p in list(model.named_parameters()):
-        if p.requires_grad and p.dim() == 2:
-            set_weight(model, name, dense(p).to(dtype))
+        if not p.requires_grad or p.dim() == 1:
+            continue
+        if kind in FLOATS:
+            set_weight(model, name, dense(p).to(FLOATS[kind]))
+        else:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            set_weight(model, name, pack(p, scales[module].clone(), residual=kind == "nvfp4x2"))
     model.set_compute_dtype(model.model.compute_dtype)
 
 
@@ -232,7 +250,7 @@ def save(out, model, tokenizer, optimizer, record):
     directory = Path(out) / f"step-{record['step']:06d}"
     tensors = {}
     for name, p in model.named_parameters():
-        tensors |= write_nvfp4(name, p.nvfp4(), "hf") if isinstance(p, Packed) else {name: p.detach()}
+        tensors |= stored_tensors(name, p)
     with replacing(directory) as aside:
         aside.mkdir(parents=True)
         write_model(aside, model.config, tokenizer, tensors)

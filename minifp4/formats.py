@@ -34,6 +34,11 @@ class Parts(NamedTuple):
     global_scale: str | None
     reciprocal: bool = False
 
+    @property
+    def residual(self):
+        """In checkpoints of train.py: the second NVFP4 of a weight that is stored as nvfp4x2."""
+        return f"{self.scale}_residual_packed", f"{self.scale}_residual"
+
 
 def parts_of(weight, layout):
     """The `Parts` of the parameter `weight` ("X.weight")."""
@@ -97,7 +102,20 @@ def read_weight(file, name, parts, device):
     e4m3 = q.scale.to(torch.float8_e4m3fn)
     if q.scale.dtype == torch.float16 and not torch.equal(e4m3.to(torch.float16), q.scale):
         return dequantize(q).to(device)  # scales that only fp16 can hold
-    return Packed(NVFP4(*(part.to(device, copy=True) for part in (q.qdata, e4m3, q.global_scale))))
+    residual = [file[part] for part in parts.residual if part in file.entries] or None
+    copies = [part.to(device, copy=True) for part in (q.qdata, e4m3, q.global_scale, *(residual or []))]
+    return Packed(NVFP4(*copies[:3]), copies[3:] or None)
+
+
+def stored_tensors(name, p):
+    """{name: tensor} of a parameter as a checkpoint of train.py keeps it: bit for bit as it is in memory."""
+    if not isinstance(p, Packed):
+        return {name: p.detach()}
+    layout = "modelopt"  # with the global scale itself: the reciprocal of a reciprocal may be another number
+    tensors = write_nvfp4(name, p.nvfp4(), layout)
+    if p.has_residual:
+        tensors |= zip(parts_of(name, layout).residual, (p.residual_qdata, p.residual_scale))
+    return tensors
 
 
 def write_nvfp4(name, q, layout):

@@ -98,7 +98,8 @@ def show(model, tokenizer, messages, settings, generator):
 
 
 class _CallableModule(types.ModuleType):
-    """Importing this module hides the function `minifp4.generate` behind it: let it be called all the same."""
+    """Importing this module hides the function `minifp4.generate` behind it: let it be called all the
+    same."""
 
     def __call__(self, *args, **how):
         return generate(*args, **how)

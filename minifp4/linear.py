@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .nvfp4 import fake_quantize, quantize, row_slices, weight_global_scale
-from .packed import Packed, dense
+from .packed import Packed, dense, refit
 
 IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
 WORDS = 16384  # of the vocabulary that `cross_entropy` looks at at once
@@ -73,6 +73,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, features))
         self.quantized = False
+        self.group = [self]
 
     def global_scale(self):
         as_stored = not self.quantized or isinstance(self.weight, Packed)
@@ -84,6 +85,13 @@ class Embedding(nn.Module):
 
     def forward(self, ids, dtype):
         return _LookUp.apply(ids, self.weight, self.global_scale(), dtype)
+
+
+def refit_global_scales(layers):
+    """After a step: give packed weights that have grown a larger global scale, each group one."""
+    for group in {id(layer.group[0]): layer.group for layer in layers}.values():
+        if all(isinstance(layer.weight, Packed) for layer in group):
+            refit([layer.weight for layer in group])
 
 
 def share_global_scale(*layers):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .linear import IGNORE, Embedding, Linear, cross_entropy, share_global_scale
+from .linear import IGNORE, Embedding, Linear, cross_entropy, refit_global_scales, share_global_scale
 
 DECODED_LIMIT = 2**31  # bytes of dense weights that `Qwen3.decoded` is willing to keep
 
@@ -259,6 +259,11 @@ class Qwen3(nn.Module):
         self.model.compute_dtype = dtype
         for p in self.parameters():
             p.grad_dtype = dtype
+
+    @torch.no_grad()
+    def refit(self):
+        """After an optimizer step: let packed weights grow beyond their global scales."""
+        refit_global_scales([*self.linears(), self.model.embed_tokens])
 
     def untie(self):
         """Give a tied head a weight of its own, equal to the embedding."""

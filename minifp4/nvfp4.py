@@ -160,26 +160,43 @@ def amax(x):
     return torch.maximum(-low, high).float()
 
 
-def encode(x, encode_scale, noise=None, smallest=0):
+def encode(x, encode_scale, noise=None, smallest=0, scale=None):
     """`x` [..., K] -> (qdata uint8 [..., K/2], scale E4M3 [..., K/16]): the arithmetic behind `quantize`.
 
     encode_scale: fp32, the reciprocal of the global scale; [], or [..., 1] with one for each row.
     noise: uniform numbers in [0, 1), shaped as x, make the rounding stochastic.
     smallest: the least code allowed; 1 for numbers that are positive and must not become 0 (`precision.py`).
+    scale: block scales to use instead of new ones.
     """
     blocks = x.float().unflatten(-1, (-1, BLOCK))  # [..., K] -> [..., K/16, 16]
-    block_amax = blocks.abs().amax(-1)
-    block_amax = torch.where(
-        block_amax < torch.inf, block_amax, torch.nan
-    )  # an infinity must not saturate to 448
-    # Clamp first: casting 500. to E4M3 is NaN on some versions of torch and 448 on others.
-    scale = (block_amax * (encode_scale * (1 / E2M1_MAX))).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-    if smallest:  # a block far below its row's largest number keeps a scale above 0
-        scale = scale.float().clamp(min=E4M3_MIN).to(torch.float8_e4m3fn)
+    if scale is None:
+        scale = block_scale(blocks.abs().amax(-1), encode_scale, upward=noise is not None)
+        if smallest:  # a block far below its row's largest number keeps a scale above 0
+            scale = scale.float().clamp(min=E4M3_MIN).to(torch.float8_e4m3fn)
     inverse = (1 / (scale.float() * (1 / encode_scale))).clamp(max=FP32_MAX)  # finite where scale is 0
     noise = None if noise is None else noise.unflatten(-1, (-1, BLOCK))
     code = e2m1_code(blocks * inverse.unsqueeze(-1), noise, smallest).flatten(-2)
     return code[..., 0::2] | code[..., 1::2] << 4, scale
+
+
+def block_scale(amax, encode_scale, upward=False):
+    """The E4M3 scale that brings a block's largest magnitude `amax` to 6.
+
+    To nearest, where 6 may become 6.37 and be cut to 6; or `upward`, so that nothing is cut, which stochastic
+    rounding needs to be right on average.
+    """
+    amax = torch.where(amax < torch.inf, amax, torch.nan)  # an infinity must not saturate to 448
+    exact = amax * (encode_scale * (1 / E2M1_MAX))
+    # Clamp first: casting 500. to E4M3 is NaN on some versions of torch and 448 on others.
+    scale = exact.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    return next_e4m3(scale, scale.float() < exact) if upward else scale
+
+
+def next_e4m3(scale, where, step=1):
+    """The next larger (step 1) or smaller (-1) E4M3 number, where asked for: its byte plus or minus 1."""
+    byte = scale.view(torch.uint8)
+    inside = (scale.float() < E4M3_MAX) if step > 0 else (scale.float() > 0)
+    return torch.where(where & inside, byte + step, byte).view(torch.float8_e4m3fn)
 
 
 def decode(qdata, scale, global_scale):

@@ -31,6 +31,7 @@ import torch
 from . import precision
 from .nvfp4 import row_chunks
 
+STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 MAX_UPDATE = 5.0  # |u|; the exact u exceeds it only when a gradient is far larger than all before it
 
 
@@ -102,7 +103,7 @@ class AdamW:
         """Update one parameter, `chunk_rows` rows at a time."""
         matrix = p.detach() if p.dim() == 2 else p.detach().view(1, -1)
         grad = p.grad.view_as(matrix)
-        master, (mean, root) = precision.Float(matrix), self.moments[name]
+        master, (mean, root) = precision.master(matrix), self.moments[name]
         weight_decay = self.weight_decay if p.dim() == 2 else 0.0
         for rows in row_chunks(matrix, self.chunk_rows):
             w = master.read(rows)
@@ -120,7 +121,7 @@ class AdamW:
             )
             master.write(rows, new, self._key(name, "weight"))
             mean.write(rows, m, self._key(name, "exp_avg"))
-            root.write(rows, r, self._key(name, "sqrt_exp_avg_sq") if self.state == "bf16" else None)
+            root.write(rows, r, self._key(name, "sqrt_exp_avg_sq") if self.state in STOCHASTIC_ROOT else None)
             self._requested += (new - w).abs().sum()
             self._arrived += ((master.read(rows) - w) * (new - w).sign()).sum()
 

@@ -36,10 +36,17 @@ import torch
 import torch.nn.functional as F
 
 from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, FP32_MAX, decode, encode
+from .packed import Packed
 
 INT8_BLOCK = 128  # numbers that share a scale in `Int8`
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = (*FLOATS, "int8", "nvfp4")
+KINDS = (*FLOATS, "int8", "nvfp4")  # of moments
+MASTERS = (*FLOATS, "nvfp4x2", "nvfp4")  # of weights
+
+
+def master(weight):
+    """The storage that a parameter (a matrix) is."""
+    return PackedMaster(weight) if isinstance(weight, Packed) else Float(weight)
 
 
 def zeros(kind, shape, device, positive=False):
@@ -65,6 +72,23 @@ class Float:
         if key is not None and data.dtype != torch.float32:
             x = stochastic_cast(x, data.dtype, counter_bits(key, rows, x.shape, x.device))
         data[rows] = x.to(data.dtype)
+
+
+class PackedMaster:
+    """A `Packed` parameter: `nvfp4`, or `nvfp4x2` if it has a residual."""
+
+    def __init__(self, weight):
+        self.weight, self.tensors = weight, weight.parts()
+
+    def read(self, rows):
+        return self.weight.exact(rows)
+
+    def write(self, rows, x, key=None):
+        if key is None:
+            return self.weight.store(rows, x)
+        noise = counter_uniform(key, rows, x.shape, x.device)
+        blocks = torch.Size((x.shape[0], x.shape[1] // BLOCK))
+        self.weight.store(rows, x, noise, counter_uniform((key[1], key[0]), rows, blocks, x.device))
 
 
 class Int8:

@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, export, read_lines, small_directory, small_model, train
 
 import minifp4
-from minifp4 import chat, cli, optim, safetensors
+from minifp4 import chat, cli, optim
 from minifp4.model import Qwen3
+from minifp4.packed import dense
 
 
 def run(*words, cwd):
@@ -84,8 +85,8 @@ def result(small, tmp_path, tsv):
             out=str(tmp_path / "out"),
             device="cpu",
         )
-        file = safetensors.SafeFile(train(**settings | flags) / "model.safetensors")
-        weights = torch.cat([file[name].float().flatten() for name in sorted(file.entries)])
+        model = minifp4.load(train(**settings | flags))[0]
+        weights = torch.cat([dense(p).float().flatten() for p in model.parameters()])
         return weights, read_lines(tmp_path / "out" / "metrics.jsonl")
 
     return result
@@ -97,7 +98,8 @@ def result(small, tmp_path, tsv):
         {"steps": 4}, {"batch_size": 3}, {"grad_accum": 2}, {"lr": 1e-3}, {"warmup": 2},
         {"schedule": "cosine"},
         {"weight_decay": 1.0}, {"beta1": 0.5}, {"beta2": 0.5}, {"grad_clip": 0.001}, {"loss": "scalar"},
-        {"master_dtype": "fp32"}, {"master_dtype": "fp16"}, {"optimizer_state": "fp32"},
+        {"master_dtype": "bf16"}, {"master_dtype": "nvfp4"}, {"master_dtype": "fp32"},
+        {"master_dtype": "fp16"}, {"optimizer_state": "fp32"},
         {"optimizer_state": "bf16"},
         {"optimizer_state": "int8"}, {"compute_dtype": "bf16"}, {"rounding": "nearest"}, {"quantize": False},
         {"seed": 1}, {"sample_mode": "sequential"}, {"seq_len": 22},

@@ -1,4 +1,4 @@
-"""`python -m minifp4.generate`: answers, conversations, the same text from every source of the same weights."""
+"""`python -m minifp4.generate`: answers, conversations, the same text from all sources of some weights."""
 
 import shutil
 import subprocess

@@ -1,0 +1,199 @@
+"""Weights that live in 4 bits: right on average, bit for bit the same everywhere, exported as the codes
+that trained."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import small_directory, small_model, train
+
+import minifp4
+from minifp4 import checkpoint, formats, nvfp4, packed, precision
+from minifp4.files import bits
+from minifp4.linear import Linear
+
+ALL = slice(0, 64)
+
+
+def some_weight(residual, seed=0):
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return packed.pack(x, nvfp4.weight_global_scale(x), residual)
+
+
+def parameter(residual):
+    """A weight that trains, with gradients in fp32."""
+    weight = torch.nn.Parameter(some_weight(residual))
+    weight.grad_dtype = torch.float32
+    return weight
+
+
+UPDATES = {
+    "small": lambda w: torch.randn(w.shape) * 1e-4,
+    "signs": lambda w: torch.randn(w.shape).sign() * 5e-4,
+    "growing": lambda w: 0.01 * w,
+    "large": lambda w: torch.randn(w.shape) * 0.05,
+    "shrinking": lambda w: -0.7 * w,
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("residual", [False, True], ids=["nvfp4", "nvfp4x2"])
+def test_stores_what_was_asked_for_on_average(residual, update):
+    """The mean of 400 writes is the wanted value within four standard errors, for blocks that grow or
+    shrink too."""
+    torch.manual_seed(0)
+    base = some_weight(residual)
+    before = base.exact()
+    wanted = before + UPDATES[update](before)
+    drawn = []
+    for step in range(400):
+        weight = base.clone()
+        precision.master(weight).write(ALL, wanted, precision.rounding_key(0, step, "w", "weight"))
+        drawn.append(weight.exact())
+    drawn = torch.stack(drawn).double()
+    error, deviation = drawn.mean(0) - wanted, drawn.std(0) / math.sqrt(400)
+    assert error.mean().abs() <= 4 * deviation.norm() / wanted.numel()
+    assert (error * before.sign()).mean().abs() <= 4 * deviation.norm() / wanted.numel() + 1e-8
+    moved = ((drawn.mean(0) - before) * (wanted - before).sign()).sum() / (wanted - before).abs().sum()
+    assert moved == pytest.approx(1, abs=0.03)
+
+
+def test_only_neighbouring_codes_are_drawn_and_unmoved_weights_stay():
+    base = some_weight(False)
+    before, wanted = base.exact(), base.exact()
+    wanted[:, ::2] *= 0.995
+    for step in range(20):
+        weight = base.clone()
+        precision.master(weight).write(ALL, wanted, precision.rounding_key(0, step, "w", "weight"))
+        code, old = (w.qdata & 7 for w in (weight, base))  # magnitudes of the even elements
+        assert ((old.int() - code.int()) >= 0).all() and ((old.int() - code.int()) <= 1).all()
+        assert torch.equal(weight.exact()[:, 1::2], before[:, 1::2])
+
+
+def test_nearest_rounding_does_not_move():
+    """The predecessor's mode: a hundred steps of lr 1e-5, and not one code has changed."""
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        weight = parameter(False)
+        before = weight.exact()
+        optimizer = minifp4.AdamW(
+            [("w", weight)], lr=1e-5, weight_decay=0.0, rounding=rounding, state="nvfp4"
+        )
+        for _ in range(100):
+            weight.grad = before.sign()  # towards zero, so that no block outgrows its scale
+            optimizer.step()
+        moved[rounding] = optimizer.moved()
+    assert abs(moved["nearest"]) < 0.02 and moved["stochastic"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["nvfp4", "nvfp4x2"])
+def test_any_chunk_size_gives_the_same_bits(residual):
+    results = []
+    for chunk_rows in (0, 1, 7):
+        weight = parameter(residual)
+        optimizer = minifp4.AdamW([("w", weight)], lr=1e-3, state="nvfp4", chunk_rows=chunk_rows)
+        for step in range(3):
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        results.append([*weight.parts().values(), *optimizer.tensors().values()])
+    for other in results[1:]:
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other))
+
+
+def test_the_residual_is_much_finer_than_the_codes():
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.05
+    scale = nvfp4.weight_global_scale(x)
+    errors = [(packed.pack(x, scale, residual).exact() - x).norm() / x.norm() for residual in (False, True)]
+    assert errors[0] == pytest.approx(0.095, abs=0.005) and errors[1] < errors[0] / 9
+
+
+def test_growth_beyond_the_global_scale():
+    """Doubling the global scale and halving the block scales changes no number, and makes room."""
+    weight = some_weight(True)
+    big = weight.exact() * 3
+    weight.store(ALL, big)
+    before, top = weight.exact(), weight.scale.float().max()
+    packed.refit([weight])
+    assert top > 224 >= weight.scale.float().max() and torch.equal(weight.exact(), before)
+    for _ in range(4):
+        big = big * 1.9
+        weight.store(ALL, big)
+        packed.refit([weight])
+    assert (weight.exact() - big).norm() < 0.02 * big.norm()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", ["nvfp4", "nvfp4x2"])
+def test_training_a_packed_model_and_exporting_its_codes(tmp_path, tsv, kind, tied):
+    """Every matrix, the embedding and a tied head included; the export holds the very codes, re-quantizing
+    none."""
+    directory = small_directory(tmp_path / "model", small_model(tie_word_embeddings=tied))
+    path = train(
+        model=str(directory), train_data=str(tsv), steps=3, lr=1e-2, train_embed=True, train_lm_head=True,
+        master_dtype=kind, out=str(tmp_path / "out"),
+    )  # fmt: skip
+    model, _ = minifp4.load(path)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    assert all(isinstance(p, packed.Packed) and p.has_residual == (kind == "nvfp4x2") for p in matrices)
+    tensors = formats.tensors_of(model, "hf")
+    for name, p in model.named_parameters():
+        if "_proj" in name:
+            assert torch.equal(tensors[f"{name}_packed"], p.qdata)
+            assert torch.equal(tensors[f"{name}_scale"].view(torch.uint8), p.scale.view(torch.uint8))
+        elif p.dim() == 2:
+            assert torch.equal(tensors[name].float(), p.decode())
+
+
+def test_one_gradient_for_the_two_uses_of_a_tied_weight():
+    """A packed tied weight collects the gradient that a dense one with the same values does."""
+    models = [small_model(tie_word_embeddings=True) for _ in range(2)]
+    with torch.no_grad():
+        weight = models[0].lm_head.weight
+        weight.copy_(models[0].lm_head.value(torch.float32))
+        models[1].lm_head.weight.copy_(weight)
+    checkpoint.set_masters(models[1], "nvfp4")
+    ids = torch.arange(12).view(2, 6)
+    for model in models:
+        model.loss(ids, ids).backward()
+    assert isinstance(models[1].lm_head.weight, packed.Packed)
+    gradients = [model.lm_head.weight.grad for model in models]
+    assert type(gradients[1]) is torch.Tensor and torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["nvfp4", "nvfp4x2"])
+def test_a_packed_weight_behaves_like_a_parameter(residual):
+    layer = Linear(128, 64)
+    layer.weight = torch.nn.Parameter(some_weight(residual))
+    x = torch.randn(3, 128)
+    expected = layer(x).detach()
+    assert torch.equal(copy.deepcopy(layer)(x), expected) and torch.equal(layer.to("cpu")(x), expected)
+    other = Linear(128, 64)
+    other.weight = torch.nn.Parameter(some_weight(residual, seed=1))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), expected) and torch.equal(
+        layer.weight.detach().exact(), layer.weight.exact()
+    )
+    seen = []
+    layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    layer(x).sum().backward()
+    assert seen == [(64, 128)]
+    assert packed.bytes_of(layer.weight) == 64 * 128 * (1.125 if residual else 0.5625) + 4
+
+
+def test_a_compiled_layer_gives_the_same_output():
+    layer = Linear(128, 64)
+    layer.weight = torch.nn.Parameter(some_weight(True))
+    x = torch.randn(3, 128)
+    assert torch.allclose(torch.compile(layer)(x), layer(x), atol=1e-6)
+
+
+def test_a_matrix_of_decoded_values_is_recognized():
+    """Whatever multiple of its scale a block's largest number is; anything else stays dense."""
+    weight = some_weight(False)
+    weight.store(ALL, weight.exact() * torch.linspace(0.5, 1, 64).unsqueeze(1))
+    again = packed.pack_exactly(weight.decode().bfloat16())
+    assert isinstance(again, packed.Packed) and torch.equal(again.decode(), weight.decode())
+    other = weight.decode()
+    other[63, 127] += 1e-4
+    assert not isinstance(packed.pack_exactly(other), packed.Packed)
