@@ -1,9 +1,9 @@
 """From files to a model, and back.
 
-`load` takes a Hugging Face directory of a Qwen3 (bf16, fp16 or fp32; one file or several), an NVFP4 export
-of it, or a checkpoint of train.py, and these are nearly one thing: config.json, tokenizer.json, and tensors
-with Hugging Face's names. A checkpoint of train.py is such a directory too, its weights in the precision in
-which they train, plus
+`load` takes a Hugging Face directory of a Qwen3 (bf16, fp16 or fp32; one file or several), an NVFP4 one, the
+F# trainer's `.dat`, or a checkpoint of train.py, and these are nearly one thing: config.json, tokenizer.json,
+and tensors with Hugging Face's names. A checkpoint's weights are in the precision in which they train, and
+beside them are
 
     optimizer.safetensors   the moments, as they are stored
     train.json              the step, and the settings of the run

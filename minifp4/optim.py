@@ -13,9 +13,8 @@ rounded, and the update is made from the moments before they are rounded. What t
 
     w  stochastic rounding. A step of lr 1e-5 is far below the gap between neighbours even in bf16.
     m  stochastic rounding.
-    v  stored as sqrt(v), which halves its range of exponents; never 0 beside larger neighbours. fp32 and
-    int8 and nvfp4
-       round it to nearest; bf16 stochastically, because beta2 changes it by less than bf16's gap.
+    v  stored as sqrt(v), which halves its range of exponents; never 0 beside larger neighbours. int8 and
+       nvfp4 round it to nearest; bf16 stochastically, because a step changes it by less than bf16's gap.
 
 One number shows whether the weights really move: `moved`, the stored change along the requested one,
 
@@ -36,8 +35,7 @@ MAX_UPDATE = 5.0  # |u|; the exact u exceeds it only when a gradient is far larg
 
 
 def adamw(w, g, m, root, *, lr, beta1, beta2, eps, weight_decay, step):
-    """One AdamW step on fp32 tensors of one shape, `root` standing for sqrt(v). Returns the new (w, m,
-    root)."""
+    """One AdamW step on fp32 tensors of one shape, `root` standing for sqrt(v); returns (w, m, root)."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * root.square() + (1 - beta2) * g.square()
     root = v.sqrt()

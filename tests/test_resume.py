@@ -121,6 +121,15 @@ def test_two_runs_cannot_write_to_one_directory(settings, tmp_path):
     train(**settings, steps=1)
 
 
+def newest_step(out):
+    """The step of the newest checkpoint, while another process writes new ones and removes old ones."""
+    while True:
+        try:
+            return checkpoint.read_json(checkpoint.model_directory(out) / "train.json")["step"]
+        except FileNotFoundError:
+            continue
+
+
 KILLED = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -151,14 +160,15 @@ def test_kill_minus_nine_never_loses_a_checkpoint(settings, tmp_path):
     steps = [1]
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as server:
         for moment in range(20):
-            child = int(server.stdout.readline())
-            time.sleep(0.3 + 0.037 * moment)
+            child, deadline = int(server.stdout.readline()), time.monotonic() + 30
+            while newest_step(out) == steps[-1] and time.monotonic() < deadline:  # until it has gone on
+                time.sleep(0.01)
+            time.sleep(0.007 * moment)
             os.kill(child, signal.SIGKILL)
             assert int(server.stdout.readline()) == signal.SIGKILL
-            newest = checkpoint.model_directory(out)
-            steps.append(checkpoint.read_json(newest / "train.json")["step"])
-            assert all(tensor.numel() for tensor in all_tensors(newest).values())
-    assert steps == sorted(steps) and steps[-1] > 5  # and so every run went on from what the last one left
+            steps.append(newest_step(out))
+            assert all(tensor.numel() for tensor in all_tensors(checkpoint.model_directory(out)).values())
+    assert all(before < after for before, after in zip(steps, steps[1:]))  # each went on from what was left
     path = train(resume="", out=str(out), steps=steps[-1] + 1)
     left = {entry.name for entry in out.iterdir() if not entry.name.startswith("step-")}
     assert left == {".lock", "metrics.jsonl"} and path.is_dir()
