@@ -159,15 +159,18 @@ def test_kill_minus_nine_never_loses_a_checkpoint(settings, tmp_path):
     code = KILLED.format(root=str(ROOT), settings=settings)
     steps = [1]
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as server:
-        for moment in range(20):
-            child, deadline = int(server.stdout.readline()), time.monotonic() + 30
-            while newest_step(out) == steps[-1] and time.monotonic() < deadline:  # until it has gone on
-                time.sleep(0.01)
-            time.sleep(0.007 * moment)
-            os.kill(child, signal.SIGKILL)
-            assert int(server.stdout.readline()) == signal.SIGKILL
-            steps.append(newest_step(out))
-            assert all(tensor.numel() for tensor in all_tensors(checkpoint.model_directory(out)).values())
+        try:
+            for moment in range(20):
+                child, deadline = int(server.stdout.readline()), time.monotonic() + 30
+                while newest_step(out) == steps[-1] and time.monotonic() < deadline:  # until it has gone on
+                    time.sleep(0.01)
+                time.sleep(0.007 * moment)
+                os.kill(child, signal.SIGKILL)
+                assert int(server.stdout.readline()) == signal.SIGKILL
+                steps.append(newest_step(out))
+                assert all(tensor.numel() for tensor in all_tensors(checkpoint.model_directory(out)).values())
+        finally:
+            server.kill()  # after a failure too, or leaving the `with` would wait for it
     assert all(before < after for before, after in zip(steps, steps[1:]))  # each went on from what was left
     path = train(resume="", out=str(out), steps=steps[-1] + 1)
     left = {entry.name for entry in out.iterdir() if not entry.name.startswith("step-")}
