@@ -22,8 +22,9 @@ from . import dat, formats, safetensors
 from .chat import Tokenizer
 from .files import replacing
 from .formats import ACTIVATION_SCALES, HEAD, find_packed, module_of, read_weight, stored_tensors
+from .linear import group_scale
 from .model import Config, Qwen3
-from .nvfp4 import BLOCK, weight_global_scale
+from .nvfp4 import BLOCK
 from .packed import dense, pack, pack_exactly
 from .precision import FLOATS
 
@@ -224,20 +225,14 @@ def choose_trained(model, *, lm_head, embed, last_layers=0):
 def set_masters(model, kind):
     """Store the matrices that train as `kind` (of `precision.MASTERS`); frozen ones stay as they are, all
     bits."""
-    scales = {}
-    for module in [
-        *model.linears(),
-        model.model.embed_tokens,
-    ]:  # before any weight changes, as groups share one
-        scales[module] = weight_global_scale(*(dense(other.weight) for other in module.group))
-    for name, p in list(model.named_parameters()):
-        if not p.requires_grad or p.dim() == 1:
-            continue
-        if kind in FLOATS:
-            set_weight(model, name, dense(p).to(FLOATS[kind]))
-        else:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            set_weight(model, name, pack(p, scales[module].clone(), residual=kind == "nvfp4x2"))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2]
+    if kind in FLOATS:
+        for name in trained:
+            set_weight(model, name, dense(model.get_parameter(name)).to(FLOATS[kind]))
+    else:  # all scales before any weight changes, as groups share one
+        scales = {name: group_scale(module_of(model, name)) for name in trained}
+        for name in trained:
+            set_weight(model, name, pack(model.get_parameter(name), scales[name], residual=kind == "nvfp4x2"))
     model.set_compute_dtype(model.model.compute_dtype)
 
 

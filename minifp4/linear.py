@@ -46,14 +46,13 @@ class Linear(nn.Module):
         """The fp32 [] scale of the group's weights; None if the product reads the weight as it is stored."""
         if not self.quantized or isinstance(self.weight, Packed):
             return None
-        return weight_global_scale(*(dense(layer.weight) for layer in self.group))
+        return group_scale(self)
 
     def codes(self):
         """The weight as `NVFP4`: what the product reads if `quantized`."""
         if isinstance(self.weight, Packed):
             return self.weight.nvfp4()
-        shared = weight_global_scale(*(dense(layer.weight) for layer in self.group))
-        return quantize(dense(self.weight), global_scale=shared)
+        return quantize(dense(self.weight), global_scale=group_scale(self))
 
     def value(self, dtype):
         """The weight as the product reads it, dense, in `dtype`."""
@@ -77,7 +76,7 @@ class Embedding(nn.Module):
 
     def global_scale(self):
         as_stored = not self.quantized or isinstance(self.weight, Packed)
-        return None if as_stored else weight_global_scale(dense(self.weight))
+        return None if as_stored else group_scale(self)
 
     def value(self, dtype):
         """All rows as the look-up reads them, in `dtype`."""
@@ -85,6 +84,11 @@ class Embedding(nn.Module):
 
     def forward(self, ids, dtype):
         return _LookUp.apply(ids, self.weight, self.global_scale(), dtype)
+
+
+def group_scale(layer):
+    """The power-of-two global scale, fp32 [], for all weights of the layer's group."""
+    return weight_global_scale(*(dense(other.weight) for other in layer.group))
 
 
 def refit_global_scales(layers):
