@@ -11,7 +11,6 @@ with AdamW. `python train.py --help` lists the settings; they are the fields of 
 import hashlib
 import json
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +21,10 @@ import minifp4
 from minifp4 import chat, checkpoint
 from minifp4.cli import check, choose_device, given, option, run, spellings
 from minifp4.files import only_user, remove, replacing
+from minifp4.memory import GIB, Memory
 from minifp4.packed import bytes_of
 from minifp4.precision import FLOATS, KINDS, MASTERS
+from minifp4.step import Step
 
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
 
@@ -74,7 +75,12 @@ class Settings:
     weight_decay: float = option(0.01, "how", "decoupled; norms have none", least=0.0)
     beta1: float = option(0.9, "how", "memory of the mean gradient", least=0.0, below=1.0)
     beta2: float = option(0.95, "how", "memory of the mean square", least=0.0, below=1.0)
-    grad_clip: float = option(1.0, "how", "largest norm of the whole gradient; 0: any", least=0.0)
+    grad_clip: float = option(
+        None,
+        "how",
+        "largest norm of the whole gradient; 0: any; default: 1, with --step-in-backward 0",
+        least=0.0,
+    )
     loss: str = option(
         "ce",
         "how",
@@ -105,8 +111,25 @@ class Settings:
         metavar="N",
         least=0,
     )
+    step_in_backward: bool = option(
+        False,
+        "memory and speed",
+        "update each weight as soon as its gradient is there, and drop that; no --grad-clip, no --grad-accum",
+    )
     activation_checkpointing: bool = option(
         False, "memory and speed", "keep one activation a layer, compute the others again"
+    )
+    compile: bool = option(
+        None, "memory and speed", "let torch.compile join small operations; default: on CUDA"
+    )
+    cuda_graph: bool = option(
+        None, "memory and speed", "record the steps of small batches and replay them; default: on CUDA"
+    )
+    memory_limit_gb: float = option(
+        None, "memory and speed", "end with a message instead of using more (GiB)", metavar="N", least=0.001
+    )
+    memory_report: str = option(
+        None, "memory and speed", "write memory by phase and role to this JSON, and print it", metavar="FILE"
     )
     device: str = option(None, "memory and speed", "cpu, cuda, cuda:1, ...; default: cuda if there is one")
 
@@ -139,7 +162,8 @@ class Settings:
 
 # What may differ when a run goes on: nothing here changes what is computed.
 FREE = {
-    "steps", "step_chunk_rows", "activation_checkpointing", "device", "out", "output_dat", "save_every",
+    "steps", "step_chunk_rows", "activation_checkpointing", "compile", "cuda_graph", "memory_limit_gb",
+    "memory_report", "device", "out", "output_dat", "save_every",
     "keep", "resume", "log_every", "test_prompt", "test_max_tokens",
 }  # fmt: skip
 
@@ -148,36 +172,32 @@ def main(settings):
     """Train as `settings` say; returns the path of the last checkpoint."""
     check(settings)
     settings, source = find_start(settings)
-    model, tokenizer = prepare_model(settings, source, choose_device(settings.device))
-    counts = choose_weights(model, settings, source)
-    examples, cut = chat.read_examples(settings.train_data, tokenizer, settings.seq_len)
-    optimizer = minifp4.AdamW(
-        model.named_parameters(),
-        learning_rate(settings),
-        (settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        state=settings.optimizer_state,
-        rounding=settings.rounding,
-        chunk_rows=settings.step_chunk_rows,
-        seed=settings.seed,
-    )
-    start = checkpoint.read_moments(source, optimizer)["step"] if source else 0
+    device = choose_device(settings.device)
+    memory = Memory(device, settings.memory_limit_gb)
+    with memory.phase("load"):
+        model, tokenizer = prepare_model(settings, source, device)
+        counts = choose_weights(model, settings, source, device)
+        examples, cut = chat.read_examples(settings.train_data, tokenizer, settings.seq_len)
+        optimizer = make_optimizer(model, settings)
+        start = checkpoint.read_moments(source, optimizer)["step"] if source else 0
+        step = make_step(model, optimizer, settings, memory)
     describe(settings, model, counts, optimizer, examples, cut)
     record = {"trained": list(optimizer.parameters), "settings": asdict(settings), "data": digest(settings)}
     written = {}
 
-    def save(step):
-        if step not in written:
-            written[step] = checkpoint.save(
-                settings.out, model, tokenizer, optimizer, {"step": step, **record}
-            )
-            for old in sorted(written)[: -settings.keep]:
-                remove(written.pop(old))
+    def save(number):
+        if number in written:
+            return
+        with memory.phase("save"):
+            state = {"step": number, **record}
+            written[number] = checkpoint.save(settings.out, model, tokenizer, optimizer, state)
+        for old in sorted(written)[: -settings.keep]:
+            remove(written.pop(old))
 
     with only_user(Path(settings.out)):
         prompts = test_prompts(settings)
         answers = ask("before", model, tokenizer, prompts, settings)
-        train(model, tokenizer, optimizer, examples, settings, start, save)
+        train(step, tokenizer, examples, settings, start, save, memory)
         ask("after", model, tokenizer, prompts, settings, answers)
         save(settings.steps)
         path = written[settings.steps]
@@ -185,6 +205,8 @@ def main(settings):
         if settings.output_dat:
             checkpoint.write_dat(Path(settings.output_dat), model, settings.input_dat, optimizer.parameters)
             print(f"saved   {settings.output_dat}")
+        if settings.memory_report:
+            report_memory(Path(settings.memory_report), memory, step)
     print("next    python export.py" + (f" --checkpoint {path}" if settings.out != "out" else ""))
     return path
 
@@ -233,15 +255,17 @@ def prepare_model(settings, source, device):
         model = checkpoint.initialize(config, settings.seed, **how)
     else:
         input_dat = None if source else settings.input_dat
+        if not source:
+            how["device"] = "cpu"  # `set_masters` brings it to the device, packed
         model, tokenizer = checkpoint.load(directory, input_dat=input_dat, **how)
-    if settings.compute_dtype:
-        model.set_compute_dtype(FLOATS[settings.compute_dtype])
+    dtype = settings.compute_dtype and FLOATS[settings.compute_dtype]
+    model.set_compute_dtype(dtype or checkpoint.default_compute_dtype(device))
     model.model.activation_checkpointing = settings.activation_checkpointing
     return model, tokenizer
 
 
-def choose_weights(model, settings, source):
-    """Choose what trains, and store it in --master-dtype; returns the counts by kind."""
+def choose_weights(model, settings, source, device):
+    """Choose what trains, and store it in --master-dtype on `device`; returns the counts by kind."""
     tied = model.config.tie_word_embeddings
     if settings.untie and not tied and not source:
         raise ValueError("--untie: the head and the embedding of this model are not tied")
@@ -256,8 +280,47 @@ def choose_weights(model, settings, source):
         last_layers=settings.train_last_layers,
     )
     if not source:
-        checkpoint.set_masters(model, settings.master_dtype)
+        checkpoint.set_masters(model, settings.master_dtype, device)
     return counts
+
+
+def make_optimizer(model, settings):
+    return minifp4.AdamW(
+        model.named_parameters(),
+        learning_rate(settings),
+        (settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        state=settings.optimizer_state,
+        rounding=settings.rounding,
+        chunk_rows=settings.step_chunk_rows,
+        seed=settings.seed,
+        compile=settings.compile,
+    )
+
+
+def make_step(model, optimizer, settings, memory):
+    """The `Step` of this run, and what makes it fast on this device."""
+    on_cuda, clip = model.device.type == "cuda", settings.grad_clip
+    if settings.step_in_backward and settings.grad_accum > 1:
+        raise ValueError(
+            "--step-in-backward updates a weight as soon as it has a gradient: it cannot wait for the other "
+            f"parts of --grad-accum {settings.grad_accum}"
+        )
+    if settings.step_in_backward and clip:
+        raise ValueError(
+            f"--grad-clip {clip:g} needs the norm of all gradients, and with --step-in-backward they never "
+            "exist at once; leave it out (each update is limited to 5 times --lr anyway)"
+        )
+    if settings.cuda_graph and not on_cuda:
+        raise ValueError(f"--cuda-graph: the device is {model.device}, and only CUDA has graphs")
+    if on_cuda if settings.compile is None else settings.compile:
+        torch._dynamo.config.recompile_limit = 64  # one graph for each shape of a weight
+        model.compile_parts()
+    return Step(
+        model, optimizer, kind=settings.loss, in_backward=settings.step_in_backward, memory=memory,
+        grad_clip=(0.0 if settings.step_in_backward else 1.0) if clip is None else clip,
+        graph=on_cuda if settings.cuda_graph is None else settings.cuda_graph,
+    )  # fmt: skip
 
 
 def learning_rate(settings, step=None):
@@ -276,32 +339,29 @@ def learning_rate(settings, step=None):
     )
 
 
-def train(model, tokenizer, optimizer, examples, settings, start, save):
+def train(step, tokenizer, examples, settings, start, save, memory):
     """The steps after `start`; a line of text and one of metrics.jsonl every --log-every of them."""
-    skipped, tokens, since = 0, 0, time.perf_counter()
+    tokens, since, optimizer = 0, time.perf_counter(), step.optimizer
     metrics = Path(settings.out) / "metrics.jsonl"
     keep_metrics(metrics, start)
-    for step in range(start, settings.steps):
-        batches = make_batches(examples, step, settings, tokenizer.end_of_text, model.device)
-        loss, norm = backward(model, optimizer, batches, settings.loss)
-        optimizer.lr = learning_rate(settings, step)
-        if math.isfinite(loss) and math.isfinite(norm):
-            clip = min(1.0, settings.grad_clip / norm) if settings.grad_clip and norm else 1.0
-            optimizer.step(clip)
-            model.refit()
-        else:  # one bad step must not poison the weights
-            skipped += 1
-        optimizer.zero_grad()
+    for number in range(start, settings.steps):
+        batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
+        optimizer.lr = learning_rate(settings, number)
+        loss, norm = step(batches)
         tokens += sum(ids.numel() for ids, _ in batches)
-        if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-            speed = tokens / (time.perf_counter() - since)
-            record = log(step + 1, loss, norm, optimizer, skipped, speed, settings)
+        if (number + 1) % settings.log_every == 0 or number + 1 == settings.steps:
+            record = {
+                "step": number + 1, "loss": loss.item(), "lr": optimizer.lr, "grad_norm": norm.item(),
+                "moved": optimizer.moved(), "tokens_per_second": tokens / (time.perf_counter() - since),
+                "peak_memory_gib": memory.peak() / GIB, "skipped": step.skipped.item(),
+            }  # fmt: skip
+            log(record, settings)
             with open(metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             optimizer.reset_moved()
             tokens, since = 0, time.perf_counter()
-        if settings.save_every and (step + 1) % settings.save_every == 0:
-            save(step + 1)
+        if settings.save_every and (number + 1) % settings.save_every == 0:
+            save(number + 1)
 
 
 def keep_metrics(path, start):
@@ -312,58 +372,50 @@ def keep_metrics(path, start):
         aside.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
 
 
-def make_batches(examples, step, settings, pad, device):
+def make_batches(examples, number, settings, pad, step):
     """The --grad-accum batches of a step: [(ids, labels)]."""
-    parts = range(step * settings.grad_accum, (step + 1) * settings.grad_accum)
+    parts = range(number * settings.grad_accum, (number + 1) * settings.grad_accum)
     how = {"batch_size": settings.batch_size, "seed": settings.seed, "mode": settings.sample_mode}
-    return [chat.collate(chat.sample(examples, part, **how), pad, device) for part in parts]
-
-
-def backward(model, optimizer, batches, kind):
-    """Sum the gradients of the mean loss over all tokens learned in `batches`; returns (loss, gradient
-    norm)."""
-    learned = [(labels[:, 1:] != chat.IGNORE).sum() for _, labels in batches]
-    total = 0.0
-    for (ids, labels), count in zip(batches, learned):
-        loss = model.loss(ids, labels, kind) * (count / sum(learned))
-        loss.backward()
-        total += loss.detach()
-    norms = [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-        for p in optimizer.parameters.values()
-        if p.grad is not None
+    multiple = 64 if step.graph else 1  # few lengths, so that few graphs are recorded
+    return [
+        chat.collate(chat.sample(examples, part, **how), pad, step.model.device, multiple) for part in parts
     ]
-    return float(total), float(torch.stack(norms).norm())
 
 
-def log(step, loss, norm, optimizer, skipped, speed, settings):
-    """Print a step's line; returns the same as a record."""
-    record = {
-        "step": step,
-        "loss": loss,
-        "lr": optimizer.lr,
-        "grad_norm": norm,
-        "moved": optimizer.moved(),
-        "tokens_per_second": speed,
-        "peak_memory_gib": peak_memory(settings) / 2**30,
-        "skipped": skipped,
-    }
+def log(record, settings):
+    """Print a step's line."""
     print(
-        f"step    {step}/{settings.steps}  loss {loss:.4f}  lr {optimizer.lr:.1e}  grad {norm:.2f}  "
-        f"moved {record['moved']:.3f}  {speed:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
-        + (f"  skipped {skipped} (not finite)" if skipped else ""),
+        f"step    {record['step']}/{settings.steps}  loss {record['loss']:.4f}  lr {record['lr']:.1e}  "
+        f"grad {record['grad_norm']:.2f}  moved {record['moved']:.3f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
+        + (f"  skipped {record['skipped']} (not finite)" if record["skipped"] else ""),
         flush=True,
     )
-    return record
 
 
-def peak_memory(settings):
-    """Bytes: of the allocator on a GPU, of the whole process on a CPU."""
-    if torch.cuda.is_available() and settings.device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, where a CPU run has no such number
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def report_memory(path, memory, step):
+    """Write and print where the memory went."""
+    roles = {
+        "weights": sum(bytes_of(p) for p in step.model.parameters()),
+        "moments": sum(tensor.nbytes for tensor in step.optimizer.tensors().values()),
+        "gradients": step.gradient_bytes,
+        "activations": max(0, memory.phases["forward"]["peak"] - memory.phases["forward"]["before"]),
+    }
+    report = {
+        "device": str(memory.device),
+        "limit_gib": memory.limit_gib,
+        "phases": memory.phases,
+        "roles": roles,
+    }
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"memory  {'GiB by phase':12}{'at its end':>12}{'at most':>12}")
+    for name, phase in memory.phases.items():
+        print(f"memory  {name:12}{phase['allocated'] / GIB:12.3f}{phase['peak'] / GIB:12.3f}")
+    print(
+        "memory  at most, by role: " + ", ".join(f"{name} {size / GIB:.3f}" for name, size in roles.items())
+    )
+    print(f"saved   {path}")
 
 
 def describe(settings, model, counts, optimizer, examples, cut):

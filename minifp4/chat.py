@@ -190,9 +190,11 @@ def sample(examples, step, *, batch_size, seed=0, mode="random", rank=0, ranks=1
     return chosen
 
 
-def collate(examples, pad, device="cpu"):
-    """(ids, labels), int64 [B, T]: examples padded on the right to the longest; padding is not learned."""
+def collate(examples, pad, device="cpu", multiple=1):
+    """(ids, labels), int64 [B, T]: examples padded on the right to the longest, T a multiple of `multiple`;
+    padding is not learned."""
     longest = max(len(ids) for ids, _ in examples)
+    longest += -longest % multiple
     ids = [row + [pad] * (longest - len(row)) for row, _ in examples]
     labels = [row + [IGNORE] * (longest - len(row)) for _, row in examples]
     return torch.tensor(ids, device=device), torch.tensor(labels, device=device)

@@ -132,7 +132,7 @@ def read_weights(model, files, device):
     wanted, found, known = dict(model.named_parameters()), {}, set()
     for file in files:
         packed = find_packed(file.entries)
-        known |= {part for parts in packed.values() for part in (*parts[:3], *parts.residual)}
+        known |= {part for parts in packed.values() for part in (*parts[:3], parts.more)}
         for name in [*packed, *(file.entries.keys() - known)]:
             if name in found:
                 raise ValueError(f"{file.path}: {name!r} is also in {found[name][0].path}")
@@ -177,6 +177,8 @@ def set_weight(model, name, value):
     module = model.get_submodule(name.removesuffix(".weight"))
     tied = module is model.model.embed_tokens and model.config.tie_word_embeddings
     module.weight = nn.Parameter(value)
+    for other in module.group if hasattr(module, "group") else ():
+        other.kept_scale = None
     if tied:
         model.lm_head.weight = module.weight
 
@@ -222,18 +224,39 @@ def choose_trained(model, *, lm_head, embed, last_layers=0):
 
 
 @torch.no_grad()
-def set_masters(model, kind):
+def set_masters(model, kind, device=None):
     """Store the matrices that train as `kind` (of `precision.MASTERS`); frozen ones stay as they are, all
-    bits."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2]
-    if kind in FLOATS:
-        for name in trained:
-            set_weight(model, name, dense(model.get_parameter(name)).to(FLOATS[kind]))
-    else:  # all scales before any weight changes, as groups share one
-        scales = {name: group_scale(module_of(model, name)) for name in trained}
-        for name in trained:
-            set_weight(model, name, pack(model.get_parameter(name), scales[name], residual=kind == "nvfp4x2"))
+    bits.
+
+    device: move everything there, of the dense matrices only one group at a time, so that a model whose
+    packed form fits on a GPU need never be there as a whole.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    left = dict(model.named_parameters())
+    for layer in [*model.linears(), model.model.embed_tokens]:
+        group = [names[id(other.weight)] for other in layer.group if id(other.weight) in names]
+        group = [name for name in group if name in left]
+        for name in group:
+            _replace(model, name, left.pop(name).to(device))
+        scale = group_scale(layer) if group and kind not in FLOATS else None
+        for name in group:
+            p = model.get_parameter(name)
+            if p.requires_grad:
+                _replace(
+                    model,
+                    name,
+                    dense(p).to(FLOATS[kind]) if kind in FLOATS else pack(p, scale, kind == "nvfp4x2"),
+                )
+    for name, p in left.items():  # norms
+        _replace(model, name, p.to(device))
     model.set_compute_dtype(model.model.compute_dtype)
+
+
+def _replace(model, name, value):
+    """`set_weight` that leaves it trained, or frozen, as it was."""
+    trained = model.get_parameter(name).requires_grad
+    set_weight(model, name, value.detach())
+    model.get_parameter(name).requires_grad_(trained)
 
 
 def save(out, model, tokenizer, optimizer, record):

@@ -35,9 +35,9 @@ class Parts(NamedTuple):
     reciprocal: bool = False
 
     @property
-    def residual(self):
-        """In checkpoints of train.py: the second NVFP4 of a weight that is stored as nvfp4x2."""
-        return f"{self.scale}_residual_packed", f"{self.scale}_residual"
+    def more(self):
+        """In checkpoints of train.py: the further bits of a weight that is stored as nvfp4x2."""
+        return f"{self.scale}_more"
 
 
 def parts_of(weight, layout):
@@ -102,9 +102,8 @@ def read_weight(file, name, parts, device):
     e4m3 = q.scale.to(torch.float8_e4m3fn)
     if q.scale.dtype == torch.float16 and not torch.equal(e4m3.to(torch.float16), q.scale):
         return dequantize(q).to(device)  # scales that only fp16 can hold
-    residual = [file[part] for part in parts.residual if part in file.entries] or None
-    copies = [part.to(device, copy=True) for part in (q.qdata, e4m3, q.global_scale, *(residual or []))]
-    return Packed(NVFP4(*copies[:3]), copies[3:] or None)
+    more = file[parts.more].to(device, copy=True) if parts.more in file.entries else None
+    return Packed(NVFP4(*(part.to(device, copy=True) for part in (q.qdata, e4m3, q.global_scale))), more)
 
 
 def stored_tensors(name, p):
@@ -113,8 +112,8 @@ def stored_tensors(name, p):
         return {name: p.detach()}
     layout = "modelopt"  # with the global scale itself: the reciprocal of a reciprocal may be another number
     tensors = write_nvfp4(name, p.nvfp4(), layout)
-    if p.has_residual:
-        tensors |= zip(parts_of(name, layout).residual, (p.residual_qdata, p.residual_scale))
+    if "more" in p.parts():
+        tensors[parts_of(name, layout).more] = p.more
     return tensors
 
 

@@ -16,37 +16,59 @@ microseconds a megabyte. Only the weight itself is saved, and that exists anyway
 Biases do not occur in Qwen3's projections and are left out.
 """
 
+from typing import Callable, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .nvfp4 import fake_quantize, quantize, row_slices, weight_global_scale
-from .packed import Packed, dense, refit
+from .nvfp4 import (
+    NVFP4,
+    decode_rows,
+    dequantize,
+    encode,
+    fake_quantize,
+    halves,
+    quantize,
+    row_slices,
+    weight_global_scale,
+)
+from .packed import Packed, dense, refit, refit_parts
 
 IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
 WORDS = 16384  # of the vocabulary that `cross_entropy` looks at at once
 LOGITS = 2**24  # numbers in its largest piece of logits: 64 MiB in fp32
 
 
+class Kernels(NamedTuple):
+    """What this module does in many small operations; `compiled_kernels` makes one or two of each."""
+
+    dequantize: Callable  # (NVFP4, dtype)
+    fake_quantize: Callable  # (weight, global_scale, dtype)
+    refit: Callable  # (packed weights of a group)
+    log_sum: Callable  # `_log_sum`
+    dlogits: Callable  # `_dlogits`
+
+
 class Linear(nn.Module):
     """`x @ weight.T`, through NVFP4 if `quantized`.
 
     group: the layers that a server fuses with this one (q/k/v, gate/up); they share one global scale.
+    kept_scale: the group's scale of dense weights since the last `refit_global_scales`, else None.
     decoded: what the product reads, kept while weights do not change (`Qwen3.decoded`), else None.
     """
 
     def __init__(self, in_features, out_features):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.quantized = False
-        self.group = [self]
-        self.decoded = None
+        self.register_buffer("kept_scale", None, persistent=False)
+        self.quantized, self.group, self.decoded, self.kernels = False, [self], None, EAGER
 
     def global_scale(self):
         """The fp32 [] scale of the group's weights; None if the product reads the weight as it is stored."""
         if not self.quantized or isinstance(self.weight, Packed):
             return None
-        return group_scale(self)
+        return group_scale(self) if self.kept_scale is None else self.kept_scale
 
     def codes(self):
         """The weight as `NVFP4`: what the product reads if `quantized`."""
@@ -61,7 +83,7 @@ class Linear(nn.Module):
     def forward(self, x):
         if self.decoded is not None:
             return F.linear(x, self.decoded)
-        return _MatrixProduct.apply(x, self.weight, self.global_scale())
+        return _MatrixProduct.apply(x, self.weight, self.global_scale(), self.kernels)
 
 
 class Embedding(nn.Module):
@@ -71,12 +93,10 @@ class Embedding(nn.Module):
     def __init__(self, rows, features):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, features))
-        self.quantized = False
-        self.group = [self]
+        self.register_buffer("kept_scale", None, persistent=False)
+        self.quantized, self.group, self.kernels = False, [self], EAGER
 
-    def global_scale(self):
-        as_stored = not self.quantized or isinstance(self.weight, Packed)
-        return None if as_stored else group_scale(self)
+    global_scale = Linear.global_scale
 
     def value(self, dtype):
         """All rows as the look-up reads them, in `dtype`."""
@@ -92,10 +112,20 @@ def group_scale(layer):
 
 
 def refit_global_scales(layers):
-    """After a step: give packed weights that have grown a larger global scale, each group one."""
-    for group in {id(layer.group[0]): layer.group for layer in layers}.values():
+    """After a step: the global scales that the weights have now, each group one.
+
+    Packed weights that have grown get a larger one; the one of dense weights is measured, once a step and
+    not at every use.
+    """
+    for group in {id(layer.group[0]): layer.group for layer in layers if layer.quantized}.values():
         if all(isinstance(layer.weight, Packed) for layer in group):
-            refit([layer.weight for layer in group])
+            group[0].kernels.refit([layer.weight for layer in group])
+            continue
+        scale = group_scale(group[0])
+        for layer in group:
+            if layer.kept_scale is None:
+                layer.kept_scale = scale.clone()
+            layer.kept_scale.copy_(scale)
 
 
 def share_global_scale(*layers):
@@ -104,32 +134,33 @@ def share_global_scale(*layers):
         layer.group = list(layers)
 
 
-def weight_value(weight, global_scale, dtype, rows=slice(None)):
+def weight_value(weight, global_scale, dtype, rows=slice(None), kernels=None):
     """A weight, or some rows of it (a slice or row numbers), as the forward pass reads it: dense, in
     `dtype`."""
+    kernels = kernels or EAGER
     if isinstance(weight, Packed):
-        return weight.decode(rows).to(dtype)
+        return kernels.dequantize(NVFP4(weight.qdata[rows], weight.scale[rows], weight.global_scale), dtype)
     if global_scale is None:
         return weight.detach()[rows].to(dtype)
-    return fake_quantize(weight.detach()[rows], global_scale, dtype)
+    return kernels.fake_quantize(weight.detach()[rows], global_scale, dtype)
 
 
 class _MatrixProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, global_scale):
+    def forward(ctx, x, weight, global_scale, kernels):
         ctx.save_for_backward(x, weight)
-        ctx.global_scale = global_scale
-        return F.linear(x, weight_value(weight, global_scale, x.dtype))
+        ctx.global_scale, ctx.kernels = global_scale, kernels
+        return F.linear(x, weight_value(weight, global_scale, x.dtype, kernels=kernels))
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight_value(weight, ctx.global_scale, dy.dtype)
+            dx = dy @ weight_value(weight, ctx.global_scale, dy.dtype, kernels=ctx.kernels)
         if ctx.needs_input_grad[1]:
             dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-        return dx, dweight, None
+        return dx, dweight, None, None
 
 
 class _LookUp(torch.autograd.Function):
@@ -141,8 +172,8 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         ids, weight = ctx.saved_tensors
-        dweight = dy.new_zeros(weight.shape)
-        dweight.index_add_(0, ids.flatten(), dy.flatten(0, -2))
+        # Sums the same word's rows in a fixed order, which index_add on a GPU does not.
+        dweight = torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)
         return None, dweight, None, None
 
 
@@ -155,49 +186,80 @@ def cross_entropy(hidden, head, targets):
     passes: the forward pass keeps only logsumexp, one number a token, from which the backward pass makes
     the probabilities again.
     """
-    return _CrossEntropy.apply(hidden, head.weight, head.global_scale(), targets)
+    return _CrossEntropy.apply(hidden, head.weight, head.global_scale(), targets, head.kernels)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, global_scale, targets):
+    def forward(ctx, hidden, weight, global_scale, targets, kernels):
         total = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)  # logsumexp so far, [N]
         wanted = torch.zeros_like(total)  # the target's logit, [N]
-        for words, w4 in _vocabulary_slices(hidden, weight, global_scale):
-            for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))):
-                logits = (hidden[tokens] @ w4.T).float()
-                total[tokens] = torch.logaddexp(total[tokens], logits.logsumexp(-1))
-                index, here = _place_in(words, targets[tokens])
-                wanted[tokens] += torch.where(here, logits.gather(-1, index).squeeze(-1), 0.0)
-        ctx.save_for_backward(hidden, weight, targets, total)
-        ctx.global_scale = global_scale
-        return (total - wanted).mean()
+        for tokens, words, w4 in _pieces(hidden, weight, global_scale, kernels):
+            log_sum, target = kernels.log_sum(hidden[tokens] @ w4.T, targets[tokens] - words.start)
+            total[tokens] = torch.logaddexp(total[tokens], log_sum)
+            wanted[tokens] += target
+        learned = targets != IGNORE
+        share = learned / learned.sum()  # of each token in the mean
+        ctx.save_for_backward(hidden, weight, targets, total, share)
+        ctx.global_scale, ctx.kernels = global_scale, kernels
+        return ((total - wanted) * share).sum()
 
     @staticmethod
     def backward(ctx, dloss):
-        hidden, weight, targets, total = ctx.saved_tensors
+        hidden, weight, targets, total, share = ctx.saved_tensors
         dhidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = hidden.new_zeros(weight.shape) if ctx.needs_input_grad[1] else None
-        for words, w4 in _vocabulary_slices(hidden, weight, ctx.global_scale):
-            for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))):
-                # d loss / d logits = (probability - 1 at the target) / N
-                dlogits = ((hidden[tokens] @ w4.T).float() - total[tokens].unsqueeze(-1)).exp()
-                index, here = _place_in(words, targets[tokens])
-                dlogits.scatter_add_(-1, index, -here.float().unsqueeze(-1))
-                dlogits = (dlogits * (dloss / len(targets))).to(hidden.dtype)
-                if dhidden is not None:
-                    dhidden[tokens] += dlogits @ w4
-                if dweight is not None:
-                    dweight[words] += dlogits.T @ hidden[tokens]
-        return dhidden, dweight, None, None
+        dtoken = dloss * share
+        for tokens, words, w4 in _pieces(hidden, weight, ctx.global_scale, ctx.kernels):
+            logits = hidden[tokens] @ w4.T
+            dlogits = ctx.kernels.dlogits(
+                logits, targets[tokens] - words.start, total[tokens], dtoken[tokens]
+            )
+            if dhidden is not None:
+                dhidden[tokens] += dlogits @ w4
+            if dweight is not None:
+                dweight[words].addmm_(dlogits.T, hidden[tokens])
+        return dhidden, dweight, None, None, None
 
 
-def _vocabulary_slices(hidden, weight, global_scale):
+def _pieces(hidden, weight, global_scale, kernels):
+    """(slice of the tokens, slice of the vocabulary, that part of the weight) for all pairs of them."""
     for words in row_slices(len(weight), WORDS):
-        yield words, weight_value(weight, global_scale, hidden.dtype, words)
+        w4 = weight_value(weight, global_scale, hidden.dtype, words, kernels)
+        for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))):
+            yield tokens, words, w4
 
 
-def _place_in(words, targets):
-    """Where each target stands in the slice `words` ([N, 1], 0 if elsewhere), and whether it does ([N])."""
-    here = (targets >= words.start) & (targets < words.stop)
-    return torch.where(here, targets - words.start, 0).unsqueeze(-1), here
+def _log_sum(logits, targets):
+    """(logsumexp [N], the target's logit [N], 0 where it is not among the words of `logits` [N, words])."""
+    logits = logits.float()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
+    return logits.logsumexp(-1), torch.where(is_target, logits, 0.0).sum(-1)
+
+
+def _dlogits(logits, targets, total, dtoken):
+    """d loss / d logits = (probability - 1 at the target) * dtoken, [N, words]."""
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
+    probability = (logits.float() - total.unsqueeze(-1)).exp()
+    return ((probability - is_target.float()) * dtoken.unsqueeze(-1)).to(logits.dtype)
+
+
+def _dequantize_whole(q, dtype):
+    return decode_rows(*q).to(dtype)
+
+
+def _fake_quantize_whole(weight, global_scale, dtype):
+    return decode_rows(*encode(halves(weight.float()), 1 / global_scale), global_scale).to(dtype)
+
+
+def compiled_kernels():
+    """`Kernels` that compute in one piece, compiled."""
+    whole = [torch.compile(f, dynamic=False) for f in (_dequantize_whole, _fake_quantize_whole, refit_parts)]
+    dequantize, fake_quantize, refit_whole = whole
+    return Kernels(
+        dequantize, fake_quantize, lambda weights: refit(weights, refit_whole), torch.compile(_log_sum),
+        torch.compile(_dlogits),
+    )  # fmt: skip
+
+
+EAGER = Kernels(dequantize, fake_quantize, refit, _log_sum, _dlogits)

@@ -24,7 +24,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .linear import IGNORE, Embedding, Linear, cross_entropy, refit_global_scales, share_global_scale
+from .linear import (
+    IGNORE,
+    Embedding,
+    Linear,
+    compiled_kernels,
+    cross_entropy,
+    refit_global_scales,
+    share_global_scale,
+)
 
 DECODED_LIMIT = 2**31  # bytes of dense weights that `Qwen3.decoded` is willing to keep
 
@@ -116,10 +124,17 @@ def rope_tables(positions, config, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
+class Rotary(nn.Module):
     """Turn each pair (x[i], x[i + head_dim/2]) of [B, H, T, head_dim] by its position's angle."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+
+    def forward(self, x, cos, sin):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class SwiGLU(nn.Module):
+    def forward(self, gate, up):
+        return F.silu(gate) * up
 
 
 class KVCache:
@@ -155,14 +170,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(queries, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.rotate = Rotary()
         share_global_scale(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x, cos, sin, cache=None):
         def heads(y):  # [B, T, H * head_dim] -> [B, T, H, head_dim]
             return y.unflatten(-1, (-1, self.head_dim))
 
-        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)
+        q = self.rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)
+        k = self.rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)
         v = heads(self.v_proj(x)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -185,10 +201,11 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.act = SwiGLU()
         share_global_scale(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -223,7 +240,8 @@ class Qwen3Model(nn.Module):
         cos, sin = rope_tables(positions, self.config, x.dtype)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                # Nothing here is random, and reading the generator would break a CUDA graph.
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, cache)
         if cache is not None:
@@ -260,9 +278,21 @@ class Qwen3(nn.Module):
         for p in self.parameters():
             p.grad_dtype = dtype
 
+    def compile_parts(self):
+        """Make one kernel each of what is many small operations: decoding, norms, the loss (torch.compile).
+
+        Matrix products and attention are large enough, and stay as they are.
+        """
+        kernels = compiled_kernels()
+        for module in self.modules():
+            if isinstance(module, (Linear, Embedding)):
+                module.kernels = kernels
+            if isinstance(module, (RMSNorm, Rotary, SwiGLU)):
+                module.compile()
+
     @torch.no_grad()
     def refit(self):
-        """After an optimizer step: let packed weights grow beyond their global scales."""
+        """After an optimizer step: the global scales that the weights have now."""
         refit_global_scales([*self.linears(), self.model.embed_tokens])
 
     def untie(self):
@@ -281,21 +311,26 @@ class Qwen3(nn.Module):
     def forward(self, ids, cache=None):
         return self.lm_head(self.model(ids, cache))
 
-    def loss(self, ids, labels, kind="ce"):
+    def loss(self, ids, labels, kind="ce", select=True):
         """The mean loss over the tokens whose label (the token itself, not shifted) is not IGNORE, fp32 [].
 
         kind: "ce", cross entropy of the next token; "scalar", the mean distance |hidden - embedding of the
         next token|, which does not touch the head: a cheap signal to debug with.
+        select: drop the other tokens, whose number must be read from the device, before the head; False
+        computes and ignores them.
         """
         hidden, targets = self.model(ids)[:, :-1], labels[:, 1:]
-        learned = targets != IGNORE
-        hidden, targets = (
-            hidden[learned],
-            targets[learned],
-        )  # [N, D], [N]: the prompt's logits are never computed
+        if select:
+            learned = targets != IGNORE
+            hidden, targets = hidden[learned], targets[learned]  # [N, D], [N]
+        else:
+            hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if kind == "ce":
             return cross_entropy(hidden, self.lm_head, targets)
-        return (hidden - self.model.embed_tokens(targets, hidden.dtype).detach()).float().abs().mean()
+        learned = targets != IGNORE
+        goal = self.model.embed_tokens(targets.clamp(min=0), hidden.dtype).detach()
+        distance = (hidden - goal).float().abs().mean(-1)
+        return (distance * learned).sum() / learned.sum()
 
     @contextlib.contextmanager
     def decoded(self):

@@ -38,6 +38,7 @@ The order of the multiplications is that of TransformerEngine, in fp32, so its b
 What this module does not do: Hadamard transforms, 16x16 blocks, swizzled scales, matrix products in 4 bits.
 """
 
+import struct
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,9 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9  # the smallest positive E4M3, a subnormal
 FP32_MAX = torch.finfo(torch.float32).max
+ONE = 0x3F800000  # the bits of 1.0 in fp32
+FP16_UNIT = 2.0**14  # how much more than in fp16 an exponent means in E2M1
+RANDOM = 2**22  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 
 
 class NVFP4(NamedTuple):
@@ -79,15 +83,16 @@ def quantize(x, rounding="nearest", *, global_scale=None, generator=None):
     else:
         global_scale = torch.as_tensor(global_scale, dtype=torch.float32, device=x.device)
         encode_scale = 1 / global_scale
-    noise = None
+    bits = None
     if rounding == "stochastic":
-        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        noise = as_matrix(noise)
+        drawn = torch.randint(RANDOM, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+        bits = as_matrix(drawn)
     qdata = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(*x.shape[:-1], x.shape[-1] // BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
     matrix, codes, scales = as_matrix(x.detach()), as_matrix(qdata), as_matrix(scale)
     for rows in row_chunks(matrix):
-        codes[rows], scales[rows] = encode(matrix[rows], encode_scale, None if noise is None else noise[rows])
+        drawn = None if bits is None else halves(bits[rows])
+        codes[rows], scales[rows] = encode(halves(matrix[rows].float()), encode_scale, drawn)
     return NVFP4(qdata, scale, global_scale)
 
 
@@ -96,7 +101,7 @@ def dequantize(q, dtype=torch.float32):
     values = torch.empty(*q.qdata.shape[:-1], 2 * q.qdata.shape[-1], dtype=dtype, device=q.qdata.device)
     matrix, codes, scales = as_matrix(values), as_matrix(q.qdata), as_matrix(q.scale)
     for rows in row_chunks(matrix):
-        matrix[rows] = decode(codes[rows], scales[rows], q.global_scale)
+        matrix[rows] = decode_rows(codes[rows], scales[rows], q.global_scale)
     return values
 
 
@@ -122,7 +127,7 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     matrix, into = as_matrix(x.detach()), as_matrix(values)
     for rows in row_chunks(matrix):
-        into[rows] = decode(*encode(matrix[rows], 1 / global_scale), global_scale)
+        into[rows] = decode_rows(*encode(halves(matrix[rows].float()), 1 / global_scale), global_scale)
     return values
 
 
@@ -160,33 +165,70 @@ def amax(x):
     return torch.maximum(-low, high).float()
 
 
-def encode(x, encode_scale, noise=None, smallest=0, scale=None):
-    """`x` [..., K] -> (qdata uint8 [..., K/2], scale E4M3 [..., K/16]): the arithmetic behind `quantize`.
+def halves(x):
+    """[..., K] -> the even and the odd columns, each [..., K/2].
+
+    Two codes share a byte, so the arithmetic goes through both halves side by side and never interleaves
+    them: a compiler then makes one kernel of decoding, updating and encoding.
+    """
+    return x[..., 0::2], x[..., 1::2]
+
+
+def joined(even, odd):
+    """The inverse of `halves`."""
+    return torch.stack([even, odd], -1).flatten(-2)
+
+
+def encode(x, encode_scale, bits=None, smallest=0, scale=None):
+    """(qdata uint8 [..., K/2], scale E4M3 [..., K/16]) of `x`, fp32 halves of [..., K]: the arithmetic of
+    `quantize`.
 
     encode_scale: fp32, the reciprocal of the global scale; [], or [..., 1] with one for each row.
-    noise: uniform numbers in [0, 1), shaped as x, make the rounding stochastic.
+    bits: random int32, halves shaped as x, make the rounding stochastic; the lower 22 of each count.
     smallest: the least code allowed; 1 for numbers that are positive and must not become 0 (`precision.py`).
     scale: block scales to use instead of new ones.
     """
-    blocks = x.float().unflatten(-1, (-1, BLOCK))  # [..., K] -> [..., K/16, 16]
+    x = in_blocks(x)
     if scale is None:
-        scale = block_scale(blocks.abs().amax(-1), encode_scale, upward=noise is not None)
-        if smallest:  # a block far below its row's largest number keeps a scale above 0
-            scale = scale.float().clamp(min=E4M3_MIN).to(torch.float8_e4m3fn)
-    inverse = (1 / (scale.float() * (1 / encode_scale))).clamp(max=FP32_MAX)  # finite where scale is 0
-    noise = None if noise is None else noise.unflatten(-1, (-1, BLOCK))
-    code = e2m1_code(blocks * inverse.unsqueeze(-1), noise, smallest).flatten(-2)
-    return code[..., 0::2] | code[..., 1::2] << 4, scale
+        scale = block_scale(block_amax(x), encode_scale, upward=bits is not None)
+        if smallest:
+            scale = above_zero(scale)
+    inverse = inverse_scale(scale, encode_scale)
+    bits = (None, None) if bits is None else in_blocks(bits)
+    even, odd = (e2m1_code(half * inverse, drawn, smallest) for half, drawn in zip(x, bits))
+    return (even | odd << 4).to(torch.uint8).flatten(-2), scale
 
 
-def block_scale(amax, encode_scale, upward=False):
-    """The E4M3 scale that brings a block's largest magnitude `amax` to 6.
+def in_blocks(x):
+    """Halves [..., K/2] -> [..., K/16, 8]."""
+    return tuple(half.unflatten(-1, (-1, BLOCK // 2)) for half in x)
+
+
+def block_amax(x):
+    """The largest magnitude of each block, [..., K/16], of halves [..., K/16, 8]."""
+    even, odd = (half.abs().amax(-1) for half in x)
+    return torch.maximum(even, odd).float()
+
+
+def above_zero(scale):
+    """A block far below its row's largest number keeps a scale above 0."""
+    return scale.float().clamp(min=E4M3_MIN).to(torch.float8_e4m3fn)
+
+
+def inverse_scale(scale, encode_scale):
+    """What numbers [..., K/16, 8] are multiplied with to be in units of the block's scale, [..., K/16, 1]."""
+    exact = 1 / (scale.float() * (1 / encode_scale))
+    return exact.clamp(max=FP32_MAX).unsqueeze(-1)  # finite where the scale is 0
+
+
+def block_scale(amax, encode_scale, upward=False, most=E2M1_MAX):
+    """The E4M3 scale that brings a block's largest magnitude `amax` to `most`, the largest code's value.
 
     To nearest, where 6 may become 6.37 and be cut to 6; or `upward`, so that nothing is cut, which stochastic
     rounding needs to be right on average.
     """
     amax = torch.where(amax < torch.inf, amax, torch.nan)  # an infinity must not saturate to 448
-    exact = amax * (encode_scale * (1 / E2M1_MAX))
+    exact = amax * (encode_scale * (1 / most))
     # Clamp first: casting 500. to E4M3 is NaN on some versions of torch and 448 on others.
     scale = exact.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
     return next_e4m3(scale, scale.float() < exact) if upward else scale
@@ -200,42 +242,75 @@ def next_e4m3(scale, where, step=1):
 
 
 def decode(qdata, scale, global_scale):
-    """The inverse of `encode`, in fp32 [..., K]; `global_scale` is [] or [..., 1]."""
-    code = torch.stack([qdata & 0xF, qdata >> 4], -1).flatten(-2)
-    blocks = e2m1_value(code).unflatten(-1, (-1, BLOCK))
+    """The inverse of `encode`: halves, fp32 [..., K/2] each; `global_scale` is [] or [..., 1]."""
+    codes = qdata.to(torch.int32)  # a GPU computes with 32 bits, a byte costs it more
+    halves = [as_fp16(code & 7, code) for code in (codes & 0xF, codes >> 4)]
+    return scaled(halves, scale, global_scale * FP16_UNIT)
+
+
+def decode_rows(qdata, scale, global_scale):
+    """The same, interleaved: fp32 [..., K]."""
+    code = joined(qdata & 0xF, qdata >> 4).to(torch.int16)
+    blocks = (as_fp16(code & 7, code).float() * FP16_UNIT).unflatten(-1, (-1, BLOCK))
     return (blocks * (scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
 
 
-def e2m1_code(y, noise=None, smallest=0):
-    """The codes (uint8, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6.
+def scaled(x, scale, global_scale):
+    """Halves in units of their block's scale -> values."""
+    step = (scale.float() * global_scale).unsqueeze(-1)
+    return tuple((half.float() * step).flatten(-2) for half in in_blocks(x))
 
-    Codes are evenly spaced below 2 (steps of 1/2), from 2 to 4 (steps of 1) and from 4 to 6 (one step of
-    2): the step doubles with the exponent. In each range, rounding `y` to a code is rounding a multiple of
-    `y` to a whole number, and torch's round-half-to-even is E2M1's tie rule.
+
+def e2m1_code(y, bits=None, smallest=0):
+    """The codes (int32, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6."""
+    code = magnitude_code(limited(y, E2M1_MAX), bits)
+    code = code.clamp(min=smallest) if smallest else code
+    return code & 7 | sign_bit(y)
+
+
+def limited(y, most):
+    """|y|, but at most `most`: a minimum of integers, as fp32 numbers are ordered like their bits and a GPU
+    has it in one instruction. NaN becomes `most` too; it is the block's scale that keeps it visible."""
+    return (y.view(torch.int32) & 0x7FFFFFFF).clamp(max=struct.unpack("<i", struct.pack("<f", most))[0])
+
+
+def sign_bit(y):
+    """8 where fp32 `y` is negative, else 0."""
+    return y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
+
+
+def magnitude_code(raw, bits=None, further=0):
+    """Number the codes from 0 in order of their magnitude, and round to them (int32) the fp32 magnitudes of
+    which `raw` are the bits.
+
+    further: mantissa bits beyond E2M1's one, for a finer grid (`packed.py`): with 4 of them codes are 1/16 as
+    far apart, and 16 times as large.
+
+    Nearest: below 2 codes are 1/2 apart, from 2 to 4 they are 1 apart, and 4 and 6 are 2 apart. fp32 numbers
+    are that far apart from 2**22, 2**23 and 2**24 on. So adding that power of two makes the processor round
+    to a code, ties to even, and the sum's last bits count the steps.
+
+    Stochastic: E2M1 keeps fp32's sign, exponent and highest mantissa bit, place 22. Adding random bits below
+    it and cutting them off rounds up with the probability of the fraction; what has only zeros there, a
+    number on the grid, never moves. 1 in fp32 is 254 at that place and has code 2. Below 1 codes keep on
+    being 1/2 apart, as fp32 is in [1, 2): 1 is added and two codes taken off.
     """
-    magnitude = y.abs().clamp(max=E2M1_MAX)
-    exponent = (magnitude.view(torch.int32) >> 23).clamp(
-        127, 129
-    )  # fp32's biased one: 127 below 2, 128, 129 from 4
-    steps = magnitude * (255 - exponent << 23).view(torch.float32)  # times 2, 1 or 1/2
-    if noise is None:
-        steps = steps.round()
-    else:  # up with the probability of the fraction; a number on the grid (fraction 0) never moves
-        whole = steps.floor()
-        steps = whole + (noise < steps - whole)
-    code = steps.to(torch.int32) + 2 * (exponent - 127)  # codes 0, 2 and 4 begin the three ranges
-    if smallest:
-        code = code.clamp(min=smallest)
-    return (code | y.view(torch.int32) >> 28 & 8).to(torch.uint8)  # the sign bit, from place 31 to place 3
+    magnitude, place = raw.view(torch.float32), 22 - further
+    if bits is None:
+        exponent = (raw & 0x7F800000).clamp(min=ONE)
+        power = exponent + (place << 23)
+        return (magnitude + power.view(torch.float32)).view(torch.int32) - power + (exponent - ONE >> place)
+    below_1 = raw - ONE >> 31  # -1 where it is so, else 0: all its bits are set or none
+    raised = magnitude + (below_1 & ONE).view(torch.float32)
+    return (raised.view(torch.int32) + (bits & (1 << place) - 1) >> place) + (2 * below_1 - 252 << further)
 
 
-def e2m1_value(code):
-    """The fp32 values of codes (uint8, 0..15).
+def as_fp16(number, code, further=0):
+    """The values of `magnitude_code`'s numbers, with the signs of `code`, in fp16 and times 2**-14.
 
-    An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there
-    and correct the exponent's bias (15 - 1 = 14) by a multiplication. Code 0 and 1 come out right as fp16
+    An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there.
+    What is left to correct is the exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16
     subnormals.
     """
-    code = code.to(torch.int16)
-    bits = (code & 7) << 9 | (code & 8) << 12
-    return bits.view(torch.float16).float() * 2.0**14
+    bits = number << 9 - further | (code & 8) << 12
+    return bits.to(torch.int16).view(torch.float16)

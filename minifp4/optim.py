@@ -25,24 +25,122 @@ It is 1 when all updates arrive (in the mean) and near 0 when rounding eats them
 Vectors (norm weights) are few: they and their moments stay in fp32, and no weight decay pulls them to 0.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 
-from . import precision
-from .nvfp4 import row_chunks
+from .nvfp4 import limited, row_slices
+from .precision import (
+    Blocks,
+    counter_bits,
+    master,
+    one_block_a_row,
+    pairs,
+    rounding_key,
+    stochastic_add,
+    unpaired,
+    write,
+    zeros,
+)
 
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
+TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 5.0  # |u|; the exact u exceeds it only when a gradient is far larger than all before it
+PIECE = {"cpu": 2**18, "cuda": 2**24}  # numbers updated at once by code that is not compiled
 
 
-def adamw(w, g, m, root, *, lr, beta1, beta2, eps, weight_decay, step):
-    """One AdamW step on fp32 tensors of one shape, `root` standing for sqrt(v); returns (w, m, root)."""
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * root.square() + (1 - beta2) * g.square()
-    root = v.sqrt()
-    m_hat = m / (1 - beta1**step)  # undo the zero start
-    root_hat = root / (1 - beta2**step) ** 0.5
-    u = (m_hat / (root_hat + eps)).clamp(-MAX_UPDATE, MAX_UPDATE)
-    return w * (1 - lr * weight_decay) - lr * u, m, root
+class Hyper(NamedTuple):
+    """The numbers of one step, each fp32 []: tensors, so that compiled code and CUDA graphs need not change
+    with them."""
+
+    lr: torch.Tensor
+    beta1: torch.Tensor
+    beta2: torch.Tensor
+    eps: torch.Tensor
+    weight_decay: torch.Tensor
+    mean_gain: torch.Tensor  # 1 / (1 - beta1**t) undoes the zero start of m
+    root_gain: torch.Tensor  # 1 / sqrt(1 - beta2**t), of sqrt(v)
+    grad_scale: torch.Tensor  # multiplies the gradient: clipping
+
+
+def moments(g, m, root, hyper):
+    """The new (m, root), `root` standing for sqrt(v)."""
+    m = hyper.beta1 * m + (1 - hyper.beta1) * g
+    v = hyper.beta2 * root.square() + (1 - hyper.beta2) * g.square()
+    return m, v * (v + TINY).rsqrt()  # sqrt(v): a GPU has an instruction for rsqrt, not for sqrt
+
+
+def change(w, m, root, hyper):
+    """What AdamW adds to `w`, from the new moments."""
+    inverse = (root * hyper.root_gain + hyper.eps).rsqrt().square()
+    u = m * hyper.mean_gain * inverse
+    u = limited(u, MAX_UPDATE).view(torch.float32).copysign(u)
+    return -hyper.lr * (u + hyper.weight_decay * w)
+
+
+def update(
+    stores,
+    parts,
+    grad,
+    largest,
+    first,
+    key,
+    hyper,
+    moved,
+    ok,
+    *,
+    grad_dtype,
+    stochastic,
+    stochastic_root,
+):
+    """One step on some rows of a matrix, in place.
+
+    stores, parts: the storages of w, m and sqrt(v), and these rows of their tensors.
+    grad: one block a row, as `precision.pairs`; `largest`: its largest magnitude in each row, [rows, 1].
+    first, key: what the random bits derive from (`precision.counter_bits`).
+    hyper: [8], the fields of `Hyper`. moved: fp64 [2], to which the movement that was asked for and the one
+    that arrived are added. ok: bool []; if false, everything stays as it is.
+    """
+    hyper = Hyper(*hyper.unbind())
+    g = [half * hyper.grad_scale for half in unpaired(grad, grad_dtype)]
+    weight, mean, root = (store.values(part) for store, part in zip(stores, parts))
+    mean_bound = root_bound = None
+    if isinstance(stores[1], Blocks):
+        bounds = (store.bound(part) for store, part in zip(stores[1:], parts[1:]))
+        mean_bound, root_bound = moments(largest * hyper.grad_scale, *bounds, hyper)
+    mean, root = zip(*[moments(*half, hyper) for half in zip(g, mean, root)])
+    asked = [change(*half, hyper) for half in zip(weight, mean, root)]
+    bits = mean_bits = None
+    if stochastic:  # one draw serves both: w its lower 22 bits, m its upper 22
+        bits = counter_bits(key, first, g[0].shape)
+        mean_bits = [half >> 10 for half in bits]
+    if stochastic and stores[0].rounds:
+        wanted = [stochastic_add(*half) for half in zip(weight, asked, bits)]
+    else:
+        wanted = [w + delta for w, delta in zip(weight, asked)]
+    new = [
+        stores[0].encoded(wanted, parts[0], bits),
+        stores[1].encoded(mean, parts[1], mean_bits, mean_bound),
+        stores[2].encoded(root, parts[2], mean_bits if stochastic_root else None, root_bound),
+    ]
+    stored = stores[0].values(new[0])
+    arrived = [(s - w) * torch.ones_like(w).copysign(delta) for s, w, delta in zip(stored, weight, asked)]
+    sums = torch.stack([_sum(*(delta.abs() for delta in asked)), _sum(*arrived)])
+    moved += torch.where(ok, sums, 0.0)
+    for part, fresh in zip(parts, new):
+        write(part, fresh, ok)
+
+
+def _sum(even, odd):
+    """The sum of both halves: first over each block, so that a compiler need not keep the numbers."""
+    return (even + odd).sum(-1).sum()
+
+
+def survey(grad):
+    """(largest magnitude in each row [rows, 1], sum of squares []) of a gradient [rows, K], fp32."""
+    wide = grad.float()
+    return wide.abs().amax(1, keepdim=True), wide.square().sum()
 
 
 class AdamW:
@@ -53,78 +151,108 @@ class AdamW:
     rounding: "stochastic", or "nearest" for all that is stored.
     chunk_rows: rows that are in fp32 at once; the result is the same for every choice. 0: as fast as
     possible.
+    compile: make one kernel of each matrix's update (torch.compile); if None, on CUDA only.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, state="fp32",
-                 rounding="stochastic", chunk_rows=0, seed=0):  # fmt: skip
+                 rounding="stochastic", chunk_rows=0, seed=0, compile=None):  # fmt: skip
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f'rounding must be "nearest" or "stochastic", got {rounding!r}')
         self.parameters = {name: p for name, p in parameters if p.requires_grad}
         if not self.parameters:
             raise ValueError("no parameter requires a gradient: nothing to train")
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.stochastic, self.state, self.chunk_rows, self.seed = (
-            rounding == "stochastic",
-            state,
-            chunk_rows,
-            seed,
+        self.stochastic, self.state = rounding == "stochastic", state
+        self.chunk_rows, self.seed, self.steps = chunk_rows, seed, 0
+        self.stores = {name: self._stores(p) for name, p in self.parameters.items()}
+        device = next(iter(self.parameters.values())).device
+        self.compiled = device.type == "cuda" if compile is None else compile
+        self._update, self._survey = (
+            torch.compile(function, dynamic=False) if self.compiled else function
+            for function in (update, survey)
         )
-        self.steps = 0
-        self.moments = {name: self._zeros(p) for name, p in self.parameters.items()}
-        self.reset_moved()
+        # What differs from step to step lies on the device: Hyper for matrices and for vectors, and a key for
+        # each parameter.
+        self._hyper = torch.zeros(2, len(Hyper._fields), device=device)
+        self._keys = torch.zeros(len(self.parameters), 2, dtype=torch.int32, device=device)
+        self._surveys = {}
+        self.moved_sums = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def _zeros(self, p):
-        kind, shape = (self.state, p.shape) if p.dim() == 2 else ("fp32", (1, p.numel()))
-        return (
-            precision.zeros(kind, shape, p.device),
-            precision.zeros(kind, shape, p.device, positive=True),
-        )
+    def _stores(self, p):
+        """The storages of a parameter, its m and its sqrt(v)."""
+        kind, shape = (self.state if p.dim() == 2 else "fp32"), _matrix(p).shape
+        mean, root = zeros(kind, shape, p.device), zeros(kind, shape, p.device, positive=True)
+        return master(_matrix(p)), mean, root
 
     def tensors(self):
         """{name: tensor} of all that the optimizer remembers beside `steps`."""
         return {
             f"{name}.{moment}.{part}": tensor
-            for name, moments in self.moments.items()
-            for moment, store in zip(("exp_avg", "sqrt_exp_avg_sq"), moments)
+            for name, stores in self.stores.items()
+            for moment, store in zip(("exp_avg", "sqrt_exp_avg_sq"), stores[1:])
             for part, tensor in store.tensors.items()
         }
 
     @torch.no_grad()
-    def step(self, grad_scale=1.0):
-        """Update every parameter that has a gradient; `grad_scale` multiplies it (clipping)."""
+    def step(self, grad_scale=1.0, ok=None):
+        """Update every parameter that has a gradient; `grad_scale` multiplies it (clipping).
+
+        ok: a bool tensor [] on the device; if it is false, nothing changes but the count of steps.
+        """
+        self.begin()
+        self.apply(grad_scale, ok)
+
+    def begin(self):
+        """Count a step and bring its numbers to the device. Then `apply`, or `update` each parameter once."""
         self.steps += 1
+        t = self.steps
+        gains = 1 / (1 - self.beta1**t), (1 - self.beta2**t) ** -0.5
+        hyper = [
+            Hyper(self.lr, self.beta1, self.beta2, self.eps, decay, *gains, 1.0)
+            for decay in (self.weight_decay, 0.0)
+        ]
+        keys = [rounding_key(self.seed, t, name) for name in self.parameters]
+        for mine, numbers in ((self._hyper, hyper), (self._keys, keys)):
+            mine.copy_(torch.tensor(numbers, dtype=mine.dtype), non_blocking=True)
+
+    @torch.no_grad()
+    def apply(self, grad_scale=1.0, ok=None):
+        """Update every parameter that has a gradient; see `step`."""
+        self._hyper[:, Hyper._fields.index("grad_scale")] = grad_scale
         for name, p in self.parameters.items():
             if p.grad is not None:
-                self.update(name, p, grad_scale)
+                self.update(name, p, ok)
 
-    def update(self, name, p, grad_scale=1.0):
-        """Update one parameter, `chunk_rows` rows at a time."""
-        matrix = p.detach() if p.dim() == 2 else p.detach().view(1, -1)
-        grad = p.grad.view_as(matrix)
-        master, (mean, root) = precision.master(matrix), self.moments[name]
-        weight_decay = self.weight_decay if p.dim() == 2 else 0.0
-        for rows in row_chunks(matrix, self.chunk_rows):
-            w = master.read(rows)
-            new, m, r = adamw(
-                w,
-                grad[rows].float() * grad_scale,
-                mean.read(rows),
-                root.read(rows),
-                lr=self.lr,
-                beta1=self.beta1,
-                beta2=self.beta2,
-                eps=self.eps,
-                weight_decay=weight_decay,
-                step=self.steps,
-            )
-            master.write(rows, new, self._key(name, "weight"))
-            mean.write(rows, m, self._key(name, "exp_avg"))
-            root.write(rows, r, self._key(name, "sqrt_exp_avg_sq") if self.state in STOCHASTIC_ROOT else None)
-            self._requested += (new - w).abs().sum()
-            self._arrived += ((master.read(rows) - w) * (new - w).sign()).sum()
+    @torch.no_grad()
+    def grad_norm(self):
+        """The norm of all gradients together, fp32 []."""
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                self._surveys[name] = self._survey(_matrix(p.grad))
+        return torch.stack([squares for _, squares in self._surveys.values()]).sum().sqrt()
 
-    def _key(self, name, what):
-        return precision.rounding_key(self.seed, self.steps, name, what) if self.stochastic else None
+    @torch.no_grad()
+    def update(self, name, p, ok=None):
+        """Update one parameter, if its gradient is finite; returns the sum of the gradient's squares."""
+        grad, number = _matrix(p.grad), list(self.parameters).index(name)
+        largest, squares = self._surveys.pop(name, None) or self._survey(grad)
+        ok = squares.isfinite() if ok is None else ok & squares.isfinite()
+        for rows in self._pieces(grad):
+            first = torch.full((), rows.start * grad.shape[1], dtype=torch.int32, device=p.device)
+            self._update(
+                self.stores[name], [store.rows(rows) for store in self.stores[name]],
+                pairs(one_block_a_row(grad[rows])), largest[rows], first, self._keys[number],
+                self._hyper[0 if p.dim() == 2 else 1], self.moved_sums, ok, grad_dtype=grad.dtype,
+                stochastic=self.stochastic, stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
+            )  # fmt: skip
+        return squares
+
+    def _pieces(self, grad):
+        """The rows to compute at once: all in compiled code, else what temporaries stay small for."""
+        rows = self.chunk_rows or (
+            len(grad) if self.compiled else max(1, PIECE[grad.device.type] // grad.shape[1])
+        )
+        return row_slices(len(grad), rows)
 
     def zero_grad(self):
         for p in self.parameters.values():
@@ -132,8 +260,13 @@ class AdamW:
 
     def moved(self):
         """Stored over requested movement since `reset_moved`; NaN before the first step."""
-        return (self._arrived / self._requested).item()
+        requested, arrived = self.moved_sums.tolist()
+        return arrived / requested if requested else math.nan
 
     def reset_moved(self):
-        device = next(iter(self.parameters.values())).device
-        self._requested, self._arrived = torch.zeros(2, dtype=torch.float64, device=device)
+        self.moved_sums.zero_()
+
+
+def _matrix(p):
+    """A parameter or gradient as a matrix: a vector is one row."""
+    return p.detach() if p.dim() == 2 else p.detach().view(1, -1)

@@ -1,25 +1,31 @@
 """A weight that exists only as NVFP4, and is a parameter all the same.
 
 `Packed` is a tensor whose shape is the logical [out, in] and whose memory is codes and scales: 0.5625 bytes a
-number (`nvfp4`), or 1.125 with a second NVFP4 of what the first rounded away (`nvfp4x2`). No dense copy lies
-anywhere. To autograd, `nn.Module` and `state_dict` it is one tensor, so hooks, names and tied weights work as
-ever; its gradient is an ordinary dense tensor. Arithmetic on it is refused: who may look inside asks.
+number (`nvfp4`), or 1.0625 with four further bits each (`nvfp4x2`). No dense copy lies anywhere. To autograd,
+`nn.Module` and `state_dict` it is one tensor, so hooks, names and tied weights work as ever; its gradient is
+an ordinary dense tensor. Arithmetic on it is refused: who may look inside asks.
 
-    nvfp4()    the codes that products and exports read: Q1
+    nvfp4()    the codes that products and exports read
     decode()   their values
-    exact()    what is really stored: Q1, and the residual Q2 if there is one
+    exact()    what is really stored
     store()    write new values
 
 Writing is where 4-bit training lives or dies. A step of lr 1e-5 moves a weight by 1/400 of the gap between
-two codes; to nearest, it never arrives. With one NVFP4 the code is rounded stochastically: one weight in
-400 takes a whole step, and the mean is right. With two, Q1 is rounded to nearest and Q2, with gaps some 12
-times finer, stochastically.
+two codes; to nearest, it never arrives. So it is rounded stochastically: one weight in 400 takes a whole
+step, and the mean is right.
+
+`nvfp4x2` has 16 places for each code: four mantissa bits more than E2M1, the place `16 * code + more`, `more`
+from -8 to 7. The place is rounded stochastically, with a sixteenth of the noise, and products read the
+nearest code: a weight between two codes creeps through 16 places until it is read as the next.
+
+    1.22 with a block scale of 1: code 2 stands for 1 and 3 for 1.5, so the place is 16 * 2.44 = 39.04: 39,
+    seldom 40. The code is 2, as (39 + 8) // 16; `more` is 7; what is stored is 1.21875. At 40 the code is 3.
 
 A new block scale shifts the grid under all 16 numbers, also under those that did not move. So a block keeps
-its scale while its largest number is between 2.9 and 6 times it. When one grows a little beyond 6, the
-scale too is rounded stochastically: it seldom takes the next value, and then that number goes to 6 times
-it; else the number is cut. On average it grows as it should, and most of the time the other fifteen stay as
-they are.
+its scale while its largest number is between 2.9 and 6 times it. When in `nvfp4` one grows a little beyond
+6, the scale too is rounded stochastically: it seldom takes the next value, and then that number goes to 6
+times it; else the number is cut. On average it grows as it should, and most of the time the other fifteen
+stay as they are. In `nvfp4x2` there are places up to 6.875, beyond what any nearest scale leaves.
 """
 
 import torch
@@ -27,46 +33,57 @@ import torch
 from .nvfp4 import (
     BLOCK,
     E2M1_MAX,
+    E4M3_MAX,
     E4M3_MIN,
+    FP16_UNIT,
     NVFP4,
+    RANDOM,
+    as_fp16,
+    block_amax,
     block_scale,
     decode,
     dequantize,
     encode,
+    halves,
+    in_blocks,
+    inverse_scale,
+    joined,
+    limited,
+    magnitude_code,
     next_e4m3,
     quantize,
     row_chunks,
+    scaled,
+    sign_bit,
     weight_global_scale,
 )
 
 KEEP = 2.9  # a block's scale stays while its amax is in (KEEP, E2M1_MAX] times it
-FINER = 8  # the residual's global scale is so much smaller, to keep its block scales out of the subnormals
+FURTHER, PLACES = 4, 16  # bits of `nvfp4x2` beyond a code's, and the places that they make of each
+LAST = 7 * PLACES + 7  # the last place that is read as code 7
 
 
 class Packed(torch.Tensor):
-    """`Packed(q)`: the matrix [out, in] whose `NVFP4` is `q`, without or with the `residual` (codes,
-    scales)."""
+    """`Packed(q)`: the matrix [out, in] whose `NVFP4` is `q`.
+
+    more: of nvfp4x2, uint8 [out, in/2], the even element in the low half of the byte: 8 + its four bits.
+    """
 
     @staticmethod
-    def __new__(cls, q, residual=None):
+    def __new__(cls, q, more=None):
         rows, half = q.qdata.shape
         shape, device = (rows, 2 * half), q.qdata.device
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bfloat16, device=device)
 
-    def __init__(self, q, residual=None):
+    def __init__(self, q, more=None):
         self.qdata, self.scale, self.global_scale = q
-        if residual is not None:
-            self.residual_qdata, self.residual_scale = residual
-
-    @property
-    def has_residual(self):
-        return hasattr(self, "residual_qdata")
+        if more is not None:
+            self.more = more
 
     def parts(self):
         """{name: tensor} of the memory."""
-        names = ["qdata", "scale", "global_scale"]
-        names += ["residual_qdata", "residual_scale"] if self.has_residual else []
-        return {name: getattr(self, name) for name in names}
+        names = (*NVFP4._fields, "more")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def nvfp4(self):
         return NVFP4(self.qdata, self.scale, self.global_scale)
@@ -77,50 +94,16 @@ class Packed(torch.Tensor):
 
     def exact(self, rows=slice(None)):
         """The values of some rows as they are stored, fp32 [rows, in]."""
-        if not self.has_residual:
-            return self.decode(rows)
-        finer = self.global_scale / FINER
-        return self.decode(rows) + decode(self.residual_qdata[rows], self.residual_scale[rows], finer)
+        return joined(*stored(*self._rows(rows)))
 
-    def store(self, rows, x, noise=None, block_noise=None):
-        """Write fp32 values [rows, in], to nearest, or stochastically.
+    def store(self, rows, x):
+        """Write fp32 values [rows, in], to nearest."""
+        for name, new in encoded(*self._rows(rows), halves(x)).items():
+            getattr(self, name)[rows] = new
 
-        noise, block_noise: uniform in [0, 1), [rows, in] and [rows, in/16], for the codes and the block
-        scales.
-        """
-        encode_scale, old = 1 / self.global_scale, self.scale[rows]
-        amax = x.unflatten(-1, (-1, BLOCK)).abs().amax(-1)
-        unit = old.float() * self.global_scale
-        fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
-        if noise is None or self.has_residual:
-            fresh = block_scale(amax, encode_scale)
-        else:
-            fresh, x = self._stochastic_scale(x, amax, encode_scale, block_noise, fits)
-        scale = torch.where(fits, old.float(), fresh.float()).to(torch.float8_e4m3fn)
-        first = None if self.has_residual else noise
-        self.qdata[rows], self.scale[rows] = encode(x, encode_scale, first, scale=scale)
-        if self.has_residual:
-            rest = x - self.decode(rows)
-            self.residual_qdata[rows], self.residual_scale[rows] = encode(rest, FINER * encode_scale, noise)
-
-    def _stochastic_scale(self, x, amax, encode_scale, block_noise, fits):
-        """New block scales, rounded stochastically, and `x` with numbers beyond 6 times the smaller one
-        adjusted.
-
-        With probability `share` the larger scale is taken. With the smaller one such numbers will be cut to
-        its limit; so with the larger they must go beyond what they are, for the mean to be right.
-        """
-        exact = amax * (encode_scale / E2M1_MAX)
-        nearest = block_scale(amax, encode_scale)
-        below = next_e4m3(nearest, nearest.float() > exact, -1)
-        above = next_e4m3(below, torch.ones_like(fits))
-        share = (exact - below.float()) / (above.float() - below.float()).clamp(min=E4M3_MIN)
-        up = (block_noise < share) & ~fits
-        limit = (E2M1_MAX * below.float() * self.global_scale).unsqueeze(-1)
-        blocks = x.unflatten(-1, (-1, BLOCK))
-        beyond = (limit + (blocks.abs() - limit) / share.unsqueeze(-1)).copysign(blocks)
-        adjusted = torch.where(up.unsqueeze(-1) & (blocks.abs() > limit), beyond, blocks)
-        return torch.where(up, above.float(), below.float()), adjusted.flatten(-2)
+    def _rows(self, rows):
+        parts = {name: part[rows] for name, part in self.parts().items() if part.dim()}
+        return parts, self.global_scale, "more" in parts
 
     def __tensor_flatten__(self):
         return list(self.parts()), None
@@ -130,7 +113,7 @@ class Packed(torch.Tensor):
         return from_parts(tensors)
 
     def __repr__(self):
-        kind = "nvfp4x2" if self.has_residual else "nvfp4"
+        kind = "nvfp4x2" if hasattr(self, "more") else "nvfp4"
         return f"Packed({tuple(self.shape)}, {kind}, device={self.device})"
 
     @classmethod
@@ -152,20 +135,89 @@ class Packed(torch.Tensor):
 
 def from_parts(parts):
     """The `Packed` with the given `parts()`."""
-    q = NVFP4(*(parts[name] for name in NVFP4._fields))
-    return Packed(
-        q, (parts["residual_qdata"], parts["residual_scale"]) if "residual_qdata" in parts else None
-    )
+    return Packed(NVFP4(*(parts[name] for name in NVFP4._fields)), parts.get("more"))
 
 
-def pack(weight, global_scale, residual):
+def stored(parts, global_scale, finer):
+    """The values of a weight, or of rows of one, with these `parts`: halves (`nvfp4.halves`), fp32.
+
+    finer: whether it is nvfp4x2.
+    """
+    codes, scale = parts["qdata"], parts["scale"]
+    if not finer:
+        return decode(codes, scale, global_scale)
+    codes, more = codes.to(torch.int32), parts["more"].to(torch.int32)
+    nibbles = (codes & 0xF, more & 0xF), (codes >> 4, more >> 4)
+    places = [((code & 7) * PLACES + further - PLACES // 2, code) for code, further in nibbles]
+    return scaled([as_fp16(*place, FURTHER) for place in places], scale, global_scale * FP16_UNIT)
+
+
+def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
+    """What to write into such `parts` for the halves `x`: {name: tensor}.
+
+    bits, block_bits: random int32, halves as x and [rows, in/16], round codes and block scales
+    stochastically; None rounds to nearest.
+    """
+    old, encode_scale = parts["scale"], 1 / global_scale
+    amax = block_amax(in_blocks(x))
+    unit = old.float() * global_scale
+    fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
+    if bits is None or finer:
+        fresh = block_scale(amax, encode_scale).float()
+    else:
+        fresh, x = _stochastic_scale(x, amax, global_scale, block_bits, fits)
+    scale = torch.where(fits, old.float(), fresh).to(torch.float8_e4m3fn)
+    if finer:
+        return {"scale": scale} | _places(x, scale, encode_scale, bits)
+    return {"scale": scale, "qdata": encode(x, encode_scale, bits, scale=scale)[0]}
+
+
+def _places(x, scale, encode_scale, bits):
+    """The codes and the further bits of `nvfp4x2`."""
+    inverse, nibbles = inverse_scale(scale, encode_scale), []
+    for half, drawn in zip(in_blocks(x), (None, None) if bits is None else in_blocks(bits)):
+        y = half * inverse
+        place = magnitude_code(limited(y, E2M1_MAX + 1), drawn, FURTHER).clamp(max=LAST) + PLACES // 2
+        nibbles.append((place >> FURTHER | sign_bit(y), place & PLACES - 1))
+    qdata, more = ((even | odd << 4).to(torch.uint8).flatten(-2) for even, odd in zip(*nibbles))
+    return {"qdata": qdata, "more": more}
+
+
+def _stochastic_scale(x, amax, global_scale, block_bits, fits):
+    """New block scales, rounded stochastically (fp32), and `x` with numbers beyond 6 times the smaller one
+    adjusted.
+
+    With probability `share` the larger scale is taken. With the smaller one such numbers will be cut to its
+    limit; so with the larger they must go beyond what they are, for the mean to be right.
+    """
+    exact = amax * (1 / global_scale / E2M1_MAX)
+    nearest = block_scale(amax, 1 / global_scale)
+    below = next_e4m3(nearest, nearest.float() > exact, -1)
+    above = next_e4m3(below, torch.ones_like(fits)).float()
+    below = below.float()
+    share = (exact - below) / (above - below).clamp(min=E4M3_MIN)
+    up = ((block_bits & RANDOM - 1) < share * RANDOM) & fits.logical_not()
+    limit = (E2M1_MAX * below * global_scale).unsqueeze(-1)
+    stretch = (1 / share).unsqueeze(-1)
+
+    def adjusted(blocks):
+        beyond = (limit + (blocks.abs() - limit) * stretch).copysign(blocks)
+        return torch.where(up.unsqueeze(-1) & (blocks.abs() > limit), beyond, blocks).flatten(-2)
+
+    return torch.where(up, above, below), [adjusted(blocks) for blocks in in_blocks(x)]
+
+
+def pack(weight, global_scale, finer):
     """A weight as `Packed`, rounded to nearest; one that is packed keeps its codes and its global scale."""
-    values = weight.exact() if isinstance(weight, Packed) else weight.detach().float()
-    q = weight.nvfp4() if isinstance(weight, Packed) else quantize(values, global_scale=global_scale)
-    q = NVFP4(*(part.clone() for part in q))
-    if not residual:
-        return Packed(q)
-    return Packed(q, quantize(values - dequantize(q), global_scale=q.global_scale / FINER)[:2])
+    packed = isinstance(weight, Packed)
+    parts = weight.parts() if packed else quantize(weight, global_scale=global_scale)._asdict()
+    on_code = torch.full_like(parts["qdata"], PLACES // 2 * 0x11)  # the places of numbers that are codes
+    more = parts.get("more", on_code) if finer else None
+    new = Packed(NVFP4(*(parts[name].clone() for name in NVFP4._fields)), more)
+    if finer and not packed:
+        for rows in row_chunks(weight):
+            new.store(rows, weight.detach()[rows].float())
+    return new
 
 
 def pack_exactly(weight):
@@ -193,23 +245,28 @@ def _codes_of_values(x, global_scale):
     for top in (E2M1_MAX, 4.0, 3.0):
         tried = block_scale(amax * (E2M1_MAX / top), encode_scale)
         scale = tried if scale is None else torch.where(right, scale.float(), tried.float()).to(tried.dtype)
-        codes, _ = encode(x, encode_scale, scale=scale)
-        right = (decode(codes, scale, global_scale).unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
+        codes, _ = encode(halves(x), encode_scale, scale=scale)
+        values = joined(*decode(codes, scale, global_scale))
+        right = (values.unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
     return codes, scale, bool(right.all())
 
 
-def refit(weights):
+def refit(weights, fit=None):
     """Double the global scale of packed `weights` that share one, where a block scale nears the end of its
     range.
 
     All block scales are halved, so that no number changes (but in E4M3's subnormals, by half their step).
+    fit: `refit_parts`, compiled.
     """
-    top = torch.stack([weight.scale.float().amax() for weight in weights]).amax()
-    factor = torch.where(top > 224.0, 2.0, 1.0)
-    for weight in weights:
-        weight.global_scale.mul_(factor)
-        for scale in [weight.scale, *([weight.residual_scale] if weight.has_residual else [])]:
-            scale.copy_(scale.float() / factor)
+    (fit or refit_parts)([weight.scale for weight in weights], [weight.global_scale for weight in weights])
+
+
+def refit_parts(scales, global_scales):
+    top = torch.stack([scale.float().amax() for scale in scales]).amax()
+    factor = torch.where(top > E4M3_MAX / 2, 2.0, 1.0)
+    for scale, global_scale in zip(scales, global_scales):
+        scale.copy_(scale.float() / factor)
+        global_scale.mul_(factor)
 
 
 def dense(weight):

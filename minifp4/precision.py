@@ -6,19 +6,24 @@ is 2**-7, so adding .001 a thousand times gives 1. Stochastic rounding (SR) roun
 one time in eight and down to 1 else, and after a thousand writes the number is near 2, as it should be:
 right on average, whatever the gap.
 
-One class for each kind of storage, all with the same four members, working on whole rows, so that the
-optimizer can walk through a matrix in pieces of any size and never needs a dense fp32 copy of all of it:
+One class for each kind of storage, all with the same three members. They work on whole rows, so that the
+optimizer can walk through a matrix in pieces of any size and never needs a dense fp32 copy of it, and on
+halves of rows (`nvfp4.halves`):
 
-    zeros (the constructor)   a matrix of zeros, [rows, K]
-    read(rows)                rows (a slice) as fp32
-    write(rows, x, key)       store fp32 rows; `key` makes the rounding stochastic, None makes it nearest
-    tensors                   what is really kept: for checkpoints and for counting bytes
+    tensors                      {name: tensor} of what is kept, each with the matrix's rows first (a master
+                                 also says whether it `rounds`: all but fp32 do)
+    rows(slice)                  some rows of them, `parts`, as views with one block of 16 in each row: this
+                                 shape lets a compiler make one kernel of all that follows
+    values(parts)                the fp32 halves that such parts stand for, [blocks, 8] each
+    encoded(x, old, bits, bound) what to keep for the halves `x`, as {name: tensor}. `bits` make the rounding
+                                 stochastic, None makes it nearest; `old` is what was kept so far, and
+                                 `bound` a number for each row that no |x| exceeds by much (for `Blocks`)
 
     kind     bytes a number    gap between neighbours
     fp32     4                 2**-23 of the number, at most
     bf16     2                 2**-7
     fp16     2                 2**-10, or 2**-24 in all below 2**-14
-    int8     1.03              1/127 of the largest of 128 neighbours
+    int8     1.0625            1/127 to 1/112 of the largest of 16 neighbours
     nvfp4    0.5625            1/12 to 1/3 of the largest of 16 neighbours
 
 `positive` storage is for sqrt(v), AdamW's denominator. It has no sign, and **it cannot hold 0**: if a small
@@ -26,19 +31,35 @@ sqrt(v) became 0 among larger neighbours, its next update would be divided by ep
 and the loss NaN. The smallest code stands for 1 instead, and a block's scale never underflows. Only rows
 that are all zero read as zero.
 
-Scales belong to one row (or to a piece of one), so any split of a matrix into rows stores the same bits,
-and the rows of rare tokens do not vanish beside those of frequent ones.
+Scales belong to one row or to a piece of one, so any split of a matrix into rows stores the same bits, and
+the rows of rare tokens do not vanish beside those of frequent ones.
 """
 
 import hashlib
+import math
 
 import torch
-import torch.nn.functional as F
 
-from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, FP32_MAX, decode, encode
+from . import packed
+from .nvfp4 import (
+    BLOCK,
+    E2M1_MAX,
+    E4M3_MAX,
+    FP32_MAX,
+    RANDOM,
+    above_zero,
+    block_amax,
+    block_scale,
+    decode,
+    encode,
+    halves,
+    in_blocks,
+    inverse_scale,
+    joined,
+    scaled,
+)  # fmt: skip
 from .packed import Packed
 
-INT8_BLOCK = 128  # numbers that share a scale in `Int8`
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = (*FLOATS, "int8", "nvfp4")  # of moments
 MASTERS = (*FLOATS, "nvfp4x2", "nvfp4")  # of weights
@@ -55,100 +76,164 @@ def zeros(kind, shape, device, positive=False):
         return Float(torch.zeros(shape, dtype=FLOATS[kind], device=device))
     if kind not in KINDS:
         raise ValueError(f"a precision is one of {', '.join(KINDS)}, got {kind!r}")
-    return (Int8 if kind == "int8" else Block4)(shape, device, positive)
+    return Blocks(kind, shape, device, positive)
 
 
 class Float:
     """fp32, bf16 or fp16, over a tensor that may be somebody else's (a parameter)."""
 
     def __init__(self, data):
-        self.tensors = {"data": data}
+        if data.shape[1] % 2:
+            raise ValueError(f"rows must have an even number of columns, got {tuple(data.shape)}")
+        self.tensors, self.dtype = {"data": data}, data.dtype
+        self.rounds = data.dtype != torch.float32
 
-    def read(self, rows):
-        return self.tensors["data"][rows].to(torch.float32, copy=True)  # not a view that `write` would change
+    def rows(self, rows):
+        return {"data": pairs(one_block_a_row(self.tensors["data"][rows]))}
 
-    def write(self, rows, x, key=None):
-        data = self.tensors["data"]
-        if key is not None and data.dtype != torch.float32:
-            x = stochastic_cast(x, data.dtype, counter_bits(key, rows, x.shape, x.device))
-        data[rows] = x.to(data.dtype)
+    def values(self, parts):
+        return unpaired(parts["data"], self.dtype)
+
+    def encoded(self, x, old, bits=None, bound=None):
+        if bits is not None and self.rounds:
+            x = [stochastic_cast(half, self.dtype, drawn) for half, drawn in zip(x, bits)]
+        return {"data": paired(*(half.to(self.dtype) for half in x))}
+
+
+def one_block_a_row(x):
+    """[rows, K] -> [blocks, 16]; as it is if K is no multiple of 16."""
+    return x.view(-1, BLOCK) if x.shape[1] % BLOCK == 0 else x
+
+
+def pairs(x):
+    """16-bit numbers [..., K] two at a time, as int32 [..., K/2] (the same memory): one access to memory
+    instead of two with gaps between them. Wider ones as they are."""
+    return x.view(torch.int32) if x.element_size() == 2 else x
+
+
+def unpaired(x, dtype):
+    """The halves, fp32, of `pairs` of `dtype`."""
+    if x.dtype != torch.int32:
+        return tuple(half.float() for half in halves(x))
+    if dtype == torch.bfloat16:  # the upper half of an fp32 number
+        return (x << 16).view(torch.float32), (x & -0x10000).view(torch.float32)
+    return tuple(half.to(torch.int16).view(dtype).float() for half in (x, x >> 16))
+
+
+def paired(even, odd):
+    """The inverse of `unpaired`."""
+    if even.element_size() != 2:
+        return joined(even, odd)
+    even, odd = (half.view(torch.int16).to(torch.int32) for half in (even, odd))
+    return even & 0xFFFF | odd << 16
 
 
 class PackedMaster:
     """A `Packed` parameter: `nvfp4`, or `nvfp4x2` if it has a residual."""
 
+    rounds = True
+
     def __init__(self, weight):
-        self.weight, self.tensors = weight, weight.parts()
+        self.tensors = weight.parts()
+        self.global_scale = self.tensors.pop("global_scale")
+        self.finer = "more" in self.tensors
 
-    def read(self, rows):
-        return self.weight.exact(rows)
+    def rows(self, rows):
+        return {name: _flat(tensor[rows]) for name, tensor in self.tensors.items()}
 
-    def write(self, rows, x, key=None):
-        if key is None:
-            return self.weight.store(rows, x)
-        noise = counter_uniform(key, rows, x.shape, x.device)
-        blocks = torch.Size((x.shape[0], x.shape[1] // BLOCK))
-        self.weight.store(rows, x, noise, counter_uniform((key[1], key[0]), rows, blocks, x.device))
+    def values(self, parts):
+        return packed.stored(parts, self.global_scale, self.finer)
 
-
-class Int8:
-    """8-bit integers, each block of 128 along the row times its own fp32 scale."""
-
-    def __init__(self, shape, device, positive):
-        self.least, self.most = (1, 255) if positive else (-127, 127)
-        code = torch.zeros(shape, dtype=torch.uint8 if positive else torch.int8, device=device)
-        scale = torch.zeros(shape[0], -(-shape[1] // INT8_BLOCK), device=device)
-        self.tensors = {"code": code, "scale": scale}
-
-    def read(self, rows):
-        code = self.tensors["code"][rows]
-        return (self._blocks(code.float()) * self.tensors["scale"][rows].unsqueeze(-1)).flatten(1)[
-            :, : code.shape[1]
-        ]
-
-    def write(self, rows, x, key=None):
-        blocks = self._blocks(x)
-        scale = blocks.abs().amax(-1) / self.most
-        y = blocks / scale.where(scale > 0, 1.0).unsqueeze(-1)
-        if key is None:
-            y = y.round()
-        else:
-            y = (y + self._blocks(counter_uniform(key, rows, x.shape, x.device))).floor()
-        code = y.clamp(self.least, self.most).flatten(1)[:, : x.shape[1]]
-        self.tensors["code"][rows] = code.to(self.tensors["code"].dtype)
-        self.tensors["scale"][rows] = scale
-
-    @staticmethod
-    def _blocks(x):  # [rows, K] -> [rows, ceil(K/128), 128]; a short last block is filled with zeros
-        return F.pad(x, (0, -x.shape[1] % INT8_BLOCK)).unflatten(-1, (-1, INT8_BLOCK))
+    def encoded(self, x, old, bits=None, bound=None):
+        block_bits = None
+        if bits is not None:  # bits of its first two numbers that their codes do not use
+            even, odd = (half.narrow(1, 0, 1) for half in bits)
+            block_bits = even >> 10 ^ odd
+        return packed.encoded(old, self.global_scale, self.finer, x, bits, block_bits)
 
 
-class Block4:
-    """NVFP4 whose global scale is one fp32 number a row."""
+class Blocks:
+    """4 or 8 bits a number, an E4M3 scale for each block of 16, an fp32 one for each row: NVFP4, but for the
+    last, and the same with integers of 8 bits.
 
-    def __init__(self, shape, device, positive):
-        self.smallest = 1 if positive else 0
+    The row's scale is made from its `bound`, not from its largest number: that is known only when all of the
+    row has been computed, the bound before, so a GPU computes and encodes in one pass. A bound twice too
+    large costs nothing, since block scales are floating-point numbers.
+    """
+
+    def __init__(self, kind, shape, device, positive):
+        self.bits8, self.smallest = kind == "int8", 1 if positive else 0
+        self.most = (255.0 if positive else 127.0) if self.bits8 else E2M1_MAX
         rows, k = shape
         if k % BLOCK:
             raise ValueError(
-                f"nvfp4 storage needs rows of whole blocks of {BLOCK}, got rows of {k}: use int8 or bf16"
+                f"{kind} storage needs rows of whole blocks of {BLOCK}, got rows of {k}: use bf16 or fp32"
             )
+        pair = torch.int16 if self.bits8 else torch.uint8  # two codes, the even element in the lower half
         self.tensors = {
-            "qdata": torch.zeros(rows, k // 2, dtype=torch.uint8, device=device),
+            "qdata": torch.zeros(rows, k // 2, dtype=pair, device=device),
             "scale": torch.zeros(rows, k // BLOCK, device=device).to(torch.float8_e4m3fn),
             "row_scale": torch.zeros(rows, 1, device=device),
         }
 
-    def read(self, rows):
-        return decode(*(tensor[rows] for tensor in self.tensors.values()))
+    def rows(self, rows):
+        parts = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return parts | {name: _flat(parts[name]) for name in ("qdata", "scale")}
 
-    def write(self, rows, x, key=None):
-        row_scale = x.abs().amax(-1, keepdim=True) / (E2M1_MAX * E4M3_MAX)
-        noise = None if key is None else counter_uniform(key, rows, x.shape, x.device)
-        qdata, scale = encode(x, (1 / row_scale).clamp(max=FP32_MAX), noise, self.smallest)
-        self.tensors["qdata"][rows] = qdata
-        self.tensors["scale"][rows] = scale
-        self.tensors["row_scale"][rows] = row_scale
+    def bound(self, parts):
+        """For each row a number that none of the values exceeds by much, [rows, 1]."""
+        return parts["row_scale"] * (self.most * E4M3_MAX / 2)
+
+    def values(self, parts):
+        codes, scales = parts["qdata"], (parts["scale"], _for_blocks(parts["row_scale"], parts["scale"]))
+        if not self.bits8:
+            return decode(codes, *scales)
+        codes = codes.to(torch.int32)
+        if self.smallest:
+            codes = codes & 0xFF, codes >> 8 & 0xFF
+        else:
+            codes = codes << 24 >> 24, codes >> 8  # with the sign
+        return scaled([code.float() for code in codes], *scales)
+
+    def encoded(self, x, old, bits=None, bound=None):
+        row_scale = bound * (2 / (self.most * E4M3_MAX))  # half of E4M3's range is for what exceeds it
+        encode_scale = _for_blocks((1 / row_scale).clamp(max=FP32_MAX), old["scale"])
+        if self.bits8:
+            qdata, scale = self._encode8(x, encode_scale, bits)
+        else:
+            qdata, scale = encode(x, encode_scale, bits, self.smallest)
+        return {"qdata": qdata, "scale": scale, "row_scale": row_scale}
+
+    def _encode8(self, x, encode_scale, bits):
+        x = in_blocks(x)
+        scale = above_zero(block_scale(block_amax(x), encode_scale, upward=True, most=self.most))
+        y = [(half * inverse_scale(scale, encode_scale)).flatten(-2) for half in x]
+        if bits is None:
+            y = [half.round() for half in y]
+        else:
+            y = [(half + uniform(drawn)).floor() for half, drawn in zip(y, bits)]
+        least = self.smallest or -self.most
+        even, odd = (half.clamp(least, self.most).to(torch.int32) for half in y)
+        return (even & 0xFF | odd << 8).to(torch.int16), scale
+
+
+def _flat(x):
+    """Codes [rows, K/2] -> [blocks, 8], scales [rows, K/16] -> [blocks, 1]."""
+    return x.view(-1, 1 if x.dtype == torch.float8_e4m3fn else BLOCK // 2)
+
+
+def _for_blocks(x, scale):
+    """A number for each row, [rows, 1] -> [blocks, 1] as block scales `scale` have it."""
+    return x.expand(len(x), len(scale) // len(x)).reshape(-1, 1)
+
+
+def write(parts, new, ok=None):
+    """Store {name: tensor} in rows of a storage's tensors, unless `ok` (bool []) is false."""
+    for name, value in new.items():
+        old = parts[name]
+        if old.dtype == torch.float8_e4m3fn:  # `where` does not know it
+            old, value = old.view(torch.uint8), value.view(torch.uint8)
+        old.copy_(value if ok is None else torch.where(ok, value, old))
 
 
 def stochastic_cast(x, dtype, bits):
@@ -169,31 +254,44 @@ def stochastic_cast(x, dtype, bits):
     return (kept.view(torch.float32) - offset).clamp(-limit, limit).to(dtype)
 
 
-def rounding_key(seed, step, name, what):
-    """Two int32 from which all random bits of one write derive: the same after a resume, on every device."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}/{what}".encode(), digest_size=8).digest()
+def rounding_key(seed, step, name):
+    """Two int32 from which all random bits of one update derive: the same after a resume, on every device."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
     return tuple(int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:]))
 
 
-def counter_bits(key, rows, shape, device):
-    """Random int32 [rows, K] that depend on the key and on each element's place in the whole matrix,
-    nothing else.
+def counter_bits(key, first, shape):
+    """Random int32 for halves of the given shape, that depend on the key (int32 [2]) and on each element's
+    number in the whole matrix, of which the `first` here is an int32 [], and on nothing else.
 
     A hash of a counter (multiply, shift, xor) instead of a generator with a state: pieces of any size, in
     any order, on any device, draw the same bits for the same element.
     """
-    first = rows.start * shape[-1]
-    x = torch.arange(first, first + shape.numel(), dtype=torch.int32, device=device)
-    x = _mix(_mix(x ^ key[0]) + key[1])
-    return x.view(shape)
+    even = first + 2 * torch.arange(math.prod(shape), dtype=torch.int32, device=first.device).view(shape)
+    mask, shift = key.unbind()
+    return tuple(_mix(number ^ mask) + shift for number in (even, even + 1))
 
 
-def counter_uniform(key, rows, shape, device):
-    """The same as fp32 in [0, 1), multiples of 2**-24."""
-    return (counter_bits(key, rows, shape, device) >> 8 & 0xFFFFFF).float() * 2.0**-24
+def uniform(bits):
+    """The lower 22 of random bits as fp32 in [0, 1)."""
+    return (bits & RANDOM - 1) * (1 / RANDOM)
 
 
 def _mix(x):  # a bijection of int32 that flips each bit half of the time (constants: C. Wellons, "lowbias32")
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as a signed number
     return x ^ (x >> 16 & 0xFFFF)
+
+
+def stochastic_add(w, change, bits):
+    """w + change in fp32, rounded stochastically: a change below half of fp32's own gap arrives on average.
+
+    What the sum to nearest leaves over is the probability, in gaps, of going one gap further towards it.
+    """
+    total = w + change
+    rest, raw = change - (total - w), total.view(torch.int32)
+    inward = (raw ^ rest.view(torch.int32)) >> 31  # -1 if so: below 2**e gaps are smaller
+    binade = raw + inward & 0x7F800000  # the bits of 2**e
+    drawn = (binade | bits >> 9 & 0x7FFFFF).view(torch.float32) - binade.view(torch.float32)  # 2**e * [0, 1)
+    further = drawn < rest.abs() * 2.0**23
+    return (raw + further * (1 + 2 * inward)).view(torch.float32)  # the neighbour's bits are the next number

@@ -1,6 +1,7 @@
 """The two programs as a user meets them: the main job, every flag, and mistakes."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -11,9 +12,10 @@ import torch
 from conftest import ROOT, export, read_lines, small_directory, small_model, train
 
 import minifp4
-from minifp4 import chat, cli, optim
+from minifp4 import AdamW, chat, cli
 from minifp4.model import Qwen3
 from minifp4.packed import dense
+from minifp4.step import Step
 
 
 def run(*words, cwd):
@@ -111,33 +113,86 @@ def test_flags_that_change_the_weights(result, flag):
 
 
 @pytest.mark.parametrize(
-    "flag", [{"step_chunk_rows": 7}, {"activation_checkpointing": True}, {"log_every": 2}], ids=str
+    "flag",
+    [
+        {"step_chunk_rows": 7},
+        {"activation_checkpointing": True},
+        {"log_every": 2},
+        {"step_in_backward": True},
+    ],
+    ids=str,
 )
 def test_flags_that_do_not(result, flag, monkeypatch):
-    expected, chunks = result()[0], []
-    row_chunks = optim.row_chunks
-    monkeypatch.setattr(optim, "row_chunks", lambda x, rows: chunks.append(rows) or row_chunks(x, rows))
-    weights, metrics = result(**flag)
+    expected, sizes = result(grad_clip=0.0)[0], set()
+    update, grads = AdamW.update, []
+
+    def watched(self, name, p, ok=None):
+        grads.append(sum(p.grad is not None for p in self.parameters.values()))
+        sizes.add(max(rows.stop - rows.start for rows in self._pieces(p.grad.view(len(p), -1))))
+        return update(self, name, p, ok)
+
+    monkeypatch.setattr(AdamW, "update", watched)
+    weights, metrics = result(**flag, grad_clip=0.0)
     assert torch.equal(weights, expected)
-    assert set(chunks) == {flag.get("step_chunk_rows", 0)}
+    assert (max(sizes) == 7) == ("step_chunk_rows" in flag)
+    assert (max(grads) == 1) == ("step_in_backward" in flag)
     assert [line["step"] for line in metrics] == ([2, 3] if "log_every" in flag else [1, 2, 3])
+
+
+def test_compiling_changes_rounding_only(result, monkeypatch):
+    """The loss follows the uncompiled run's, and no code is compiled again after the second step."""
+    plain = result(grad_clip=0.0)[1]
+    counts, call = [], Step.__call__
+    compiled = torch._dynamo.utils.counters["stats"]
+
+    def watched(self, batches):
+        out = call(self, batches)
+        counts.append(compiled["unique_graphs"])
+        return out
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    torch._dynamo.reset()
+    metrics = result(compile=True, steps=5, sample_mode="sequential", batch_size=3)[1]
+    assert counts[0] > 5 and counts[2:] == [counts[1]] * 3
+    metrics = result(compile=True, grad_clip=0.0)[1]
+    assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in plain], rel=0.02)
+    assert metrics[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+
+
+def test_memory_is_reported_and_limited(result, small, tsv, tmp_path, capsys):
+    report = tmp_path / "memory.json"
+    result(memory_report=str(report))
+    found = json.loads(report.read_text())
+    assert list(found["phases"]) == ["load", "forward", "backward", "step", "save"]
+    assert all(phase["peak"] >= phase["allocated"] > 0 for phase in found["phases"].values())
+    total = sum(p.numel() for p in minifp4.load(small)[0].parameters())
+    assert 0.5 * total < found["roles"]["weights"] < 4 * total
+    assert 0.2 * total < found["roles"]["moments"] < 1.6 * total
+    assert "memory  backward" in capsys.readouterr().out
+    words = "--model", small, "--train-data", str(tsv), "--out", str(tmp_path / "x"), "--device", "cpu"
+    lines = "".join(f"question {n}\t{'word ' * 200}\n" for n in range(64))
+    (tmp_path / "long.tsv").write_text(lines)
+    words += "--train-data", str(tmp_path / "long.tsv"), "--batch-size", "64", "--memory-limit-gb", "0.2"
+    status, out, err = run("train.py", *words, "--save-every", "1", cwd=tmp_path)
+    assert status == 2 and err.count("\n") == 1 and "step    1/" not in out
+    assert re.search(
+        r"--memory-limit-gb 0.2 is not enough: in the phase '(forward|backward)' .* GiB .* --batch-size", err
+    )
 
 
 def test_accumulated_batches_equal_one_large_batch():
     """Also when the parts have unequal numbers of tokens to learn: the mean is over all tokens."""
-    import train as program
-
-    model, tokenizer = small_model(), minifp4.load()[1]
-    optimizer = minifp4.AdamW(model.named_parameters())
+    tokenizer = minifp4.load()[1]
     chats = [tokenizer.example([{"role": "assistant", "content": "word " * n}]) for n in (1, 5, 2, 9)]
-    gradients = []
+    weights, norms = [], []
     for size in (4, 2):
+        model = small_model()
+        model.set_compute_dtype(torch.float64)  # so that only a wrong mean makes a difference
+        step = Step(model, AdamW(model.named_parameters(), lr=1e-2))
         batches = [chat.collate(chats[at : at + size], tokenizer.end_of_text) for at in range(0, 4, size)]
-        _, norm = program.backward(model, optimizer, batches, "ce")
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        assert norm == pytest.approx(gradients[-1].norm().item(), rel=1e-4)
-        optimizer.zero_grad()
-    assert torch.allclose(*gradients, atol=1e-6)
+        norms.append(step(batches)[1].item())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and torch.allclose(*weights, atol=1e-5)
 
 
 def test_learning_rate_follows_warmup_and_cosine(result):
@@ -149,7 +204,7 @@ def test_learning_rate_follows_warmup_and_cosine(result):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(result, monkeypatch, capsys):
     losses, plain = iter([1.0, float("nan"), 1.0]), Qwen3.loss
-    monkeypatch.setattr(Qwen3, "loss", lambda self, *args: plain(self, *args) * next(losses))
+    monkeypatch.setattr(Qwen3, "loss", lambda self, *a, **k: plain(self, *a, **k) * next(losses))
     weights, metrics = result()
     assert weights.isfinite().all() and [line["skipped"] for line in metrics] == [0, 1, 1]
     assert "skipped 1 (not finite)" in capsys.readouterr().out
@@ -193,6 +248,13 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         (["train.py", "--seq-len", "6"], "--seq-len 6 leaves no room for an answer"),
         (["train.py", "--train-last-layers", "9"], "--train-last-layers must be from 0 (all) to 4, got 9"),
         (["train.py", "--untie"], "--untie"),
+        (
+            ["train.py", "--step-in-backward", "--grad-clip", "1"],
+            "--grad-clip 1 needs the norm of all gradients",
+        ),
+        (["train.py", "--step-in-backward", "--grad-accum", "2"], "other parts of --grad-accum 2"),
+        (["train.py", "--device", "cpu", "--cuda-graph"], "only CUDA has graphs"),
+        (["train.py", "--memory-limit-gb", "0"], "--memory-limit-gb must be at least 0.001, got 0.0"),
         (["train.py", "--device", "cuda:9"], "--device cuda:9"),
         (["train.py", "--device", "toaster"], "--device toaster"),
         (["export.py"], "train first (python train.py)"),

@@ -195,9 +195,10 @@ def test_compiled_and_eager_give_the_same_bits(rounding):
     x = torch.randn(32, 256, generator=torch.Generator().manual_seed(3)) * torch.logspace(
         -9, 2, 32
     ).unsqueeze(1)
-    noise = torch.rand(x.shape) if rounding == "stochastic" else None
-    eager = nvfp4.encode(x, torch.tensor(64.0), noise)
-    compiled = torch.compile(nvfp4.encode)(x, torch.tensor(64.0), noise)
+    drawn = torch.randint(nvfp4.RANDOM, x.shape, dtype=torch.int32)
+    arguments = nvfp4.halves(x), torch.tensor(64.0), nvfp4.halves(drawn) if rounding == "stochastic" else None
+    eager = nvfp4.encode(*arguments)
+    compiled = torch.compile(nvfp4.encode)(*arguments)
     assert torch.equal(eager[0], compiled[0]) and torch.equal(
         eager[1].view(torch.uint8), compiled[1].view(torch.uint8)
     )

@@ -16,14 +16,23 @@ from minifp4.linear import Linear
 ALL = slice(0, 64)
 
 
-def some_weight(residual, seed=0):
+def some_weight(finer, seed=0):
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)) * 0.05
-    return packed.pack(x, nvfp4.weight_global_scale(x), residual)
+    return packed.pack(x, nvfp4.weight_global_scale(x), finer)
 
 
-def parameter(residual):
+def write(weight, wanted, step):
+    """Store `wanted` as the optimizer does in `step`."""
+    key = torch.tensor(precision.rounding_key(0, step, "w"), dtype=torch.int32)
+    bits = precision.counter_bits(key, torch.zeros((), dtype=torch.int32), (64 * 8, 8))
+    store = precision.master(weight)
+    parts = store.rows(ALL)
+    precision.write(parts, store.encoded(nvfp4.halves(wanted.view(-1, 16)), parts, bits))
+
+
+def parameter(finer):
     """A weight that trains, with gradients in fp32."""
-    weight = torch.nn.Parameter(some_weight(residual))
+    weight = torch.nn.Parameter(some_weight(finer))
     weight.grad_dtype = torch.float32
     return weight
 
@@ -38,18 +47,18 @@ UPDATES = {
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("residual", [False, True], ids=["nvfp4", "nvfp4x2"])
-def test_stores_what_was_asked_for_on_average(residual, update):
+@pytest.mark.parametrize("finer", [False, True], ids=["nvfp4", "nvfp4x2"])
+def test_stores_what_was_asked_for_on_average(finer, update):
     """The mean of 400 writes is the wanted value within four standard errors, for blocks that grow or
     shrink too."""
     torch.manual_seed(0)
-    base = some_weight(residual)
+    base = some_weight(finer)
     before = base.exact()
     wanted = before + UPDATES[update](before)
     drawn = []
     for step in range(400):
         weight = base.clone()
-        precision.master(weight).write(ALL, wanted, precision.rounding_key(0, step, "w", "weight"))
+        write(weight, wanted, step)
         drawn.append(weight.exact())
     drawn = torch.stack(drawn).double()
     error, deviation = drawn.mean(0) - wanted, drawn.std(0) / math.sqrt(400)
@@ -65,7 +74,7 @@ def test_only_neighbouring_codes_are_drawn_and_unmoved_weights_stay():
     wanted[:, ::2] *= 0.995
     for step in range(20):
         weight = base.clone()
-        precision.master(weight).write(ALL, wanted, precision.rounding_key(0, step, "w", "weight"))
+        write(weight, wanted, step)
         code, old = (w.qdata & 7 for w in (weight, base))  # magnitudes of the even elements
         assert ((old.int() - code.int()) >= 0).all() and ((old.int() - code.int()) <= 1).all()
         assert torch.equal(weight.exact()[:, 1::2], before[:, 1::2])
@@ -87,11 +96,11 @@ def test_nearest_rounding_does_not_move():
     assert abs(moved["nearest"]) < 0.02 and moved["stochastic"] == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["nvfp4", "nvfp4x2"])
-def test_any_chunk_size_gives_the_same_bits(residual):
+@pytest.mark.parametrize("finer", [False, True], ids=["nvfp4", "nvfp4x2"])
+def test_any_chunk_size_gives_the_same_bits(finer):
     results = []
     for chunk_rows in (0, 1, 7):
-        weight = parameter(residual)
+        weight = parameter(finer)
         optimizer = minifp4.AdamW([("w", weight)], lr=1e-3, state="nvfp4", chunk_rows=chunk_rows)
         for step in range(3):
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
@@ -101,11 +110,33 @@ def test_any_chunk_size_gives_the_same_bits(residual):
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other))
 
 
-def test_the_residual_is_much_finer_than_the_codes():
+def test_sixteen_places_for_each_code():
+    """The worked example of minifp4/packed.py, and every place once: stored exactly, read as the nearest
+    code."""
+    one = torch.full((1, 16), 1.22)
+    one[0, 0] = 6  # this makes the block's scale 1
+    weight = packed.pack(one, torch.tensor(1.0), True)
+    assert weight.scale.item() == 1 and weight.exact()[0, 1] == 1.21875 and weight.decode()[0, 1] == 1
+    assert weight.more[0, 1].item() == 0xFF and weight.qdata[0, 1].item() == 0x22
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 8])
+    places = torch.cat([torch.linspace(a, b, 17)[:-1] for a, b in zip(grid, grid[1:])])[: packed.LAST + 1]
+    x = torch.cat([places, torch.full((-len(places) % 15,), 6.0)]).view(-1, 15)
+    x = torch.cat([x, torch.full((len(x), 1), 6.0)], 1)
+    for sign in (1, -1):
+        weight = packed.Packed(nvfp4.NVFP4(*minifp4.quantize(torch.full_like(x, 6.0), global_scale=1.0)))
+        weight = packed.pack(weight, None, True)
+        weight.store(ALL, sign * x.clamp(max=6))
+        assert torch.equal(weight.exact(), sign * x.clamp(max=6))
+        nearest = (weight.decode().abs().unsqueeze(-1) - grid[:-1]).abs().argmin(-1)
+        distance = (x.clamp(max=6).unsqueeze(-1) - grid[:-1]).abs()
+        assert (distance.gather(-1, nearest.unsqueeze(-1)).squeeze(-1) == distance.amin(-1)).all()
+
+
+def test_more_bits_are_much_finer_than_the_codes():
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.05
     scale = nvfp4.weight_global_scale(x)
-    errors = [(packed.pack(x, scale, residual).exact() - x).norm() / x.norm() for residual in (False, True)]
-    assert errors[0] == pytest.approx(0.095, abs=0.005) and errors[1] < errors[0] / 9
+    errors = [(packed.pack(x, scale, finer).exact() - x).norm() / x.norm() for finer in (False, True)]
+    assert errors[0] == pytest.approx(0.095, abs=0.005) and errors[1] < errors[0] / 13
 
 
 def test_growth_beyond_the_global_scale():
@@ -135,7 +166,7 @@ def test_training_a_packed_model_and_exporting_its_codes(tmp_path, tsv, kind, ti
     )  # fmt: skip
     model, _ = minifp4.load(path)
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    assert all(isinstance(p, packed.Packed) and p.has_residual == (kind == "nvfp4x2") for p in matrices)
+    assert all(isinstance(p, packed.Packed) and hasattr(p, "more") == (kind == "nvfp4x2") for p in matrices)
     tensors = formats.tensors_of(model, "hf")
     for name, p in model.named_parameters():
         if "_proj" in name:
@@ -161,15 +192,15 @@ def test_one_gradient_for_the_two_uses_of_a_tied_weight():
     assert type(gradients[1]) is torch.Tensor and torch.allclose(*gradients, atol=1e-6)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["nvfp4", "nvfp4x2"])
-def test_a_packed_weight_behaves_like_a_parameter(residual):
+@pytest.mark.parametrize("finer", [False, True], ids=["nvfp4", "nvfp4x2"])
+def test_a_packed_weight_behaves_like_a_parameter(finer):
     layer = Linear(128, 64)
-    layer.weight = torch.nn.Parameter(some_weight(residual))
+    layer.weight = torch.nn.Parameter(some_weight(finer))
     x = torch.randn(3, 128)
     expected = layer(x).detach()
     assert torch.equal(copy.deepcopy(layer)(x), expected) and torch.equal(layer.to("cpu")(x), expected)
     other = Linear(128, 64)
-    other.weight = torch.nn.Parameter(some_weight(residual, seed=1))
+    other.weight = torch.nn.Parameter(some_weight(finer, seed=1))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), expected) and torch.equal(
         layer.weight.detach().exact(), layer.weight.exact()
@@ -178,7 +209,7 @@ def test_a_packed_weight_behaves_like_a_parameter(residual):
     layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
     layer(x).sum().backward()
     assert seen == [(64, 128)]
-    assert packed.bytes_of(layer.weight) == 64 * 128 * (1.125 if residual else 0.5625) + 4
+    assert packed.bytes_of(layer.weight) == 64 * 128 * (1.0625 if finer else 0.5625) + 4
 
 
 def test_a_compiled_layer_gives_the_same_output():

@@ -1,0 +1,110 @@
+"""Where memory goes: by phase of a run (loaded, forward, backward, step, save), and by role.
+
+On a GPU the numbers are the allocator's: tensors that exist, and the most that existed at once. On a CPU they
+are the process's, interpreter and libraries included; `roles` counts the tensors alone in both cases.
+"""
+
+import contextlib
+import re
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+ADVICE = {  # what lowers the peak of a phase
+    "load": "--master-dtype nvfp4 and --optimizer-state nvfp4",
+    "forward": "--activation-checkpointing, or a smaller --batch-size with --grad-accum",
+    "backward": "--step-in-backward, or a smaller --batch-size with --grad-accum",
+    "step": "--step-in-backward, or --step-chunk-rows",
+    "save": "closing other programs",
+}
+
+
+class Memory:
+    """`with memory.phase("forward"): ...` keeps the bytes at its end and its peak, the largest of all times.
+
+    limit_gib: at most so much for this process (None: all there is). The allocator of a GPU keeps it, on
+    Linux the kernel for a CPU. Raises ValueError where neither can.
+    """
+
+    def __init__(self, device, limit_gib=None):
+        self.device, self.limit_gib, self.phases, self.current = device, limit_gib, {}, "load"
+        if limit_gib is None:
+            return
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / total), device)
+        else:
+            _limit_process(int(limit_gib * GIB))
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        outer, self.current = self.current, name
+        self._reset_peak()
+        before = self.now()[0]
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not _is_shortage(error):
+                raise
+            raise ValueError(self._shortage(error)) from None
+        allocated, peak = self.now()
+        old = self.phases.get(name, {"before": 0, "allocated": 0, "peak": 0})
+        new = {"before": before, "allocated": allocated, "peak": peak}
+        self.phases[name] = {key: max(old[key], new[key]) for key in new}
+        self.current = outer
+
+    def now(self):
+        """(bytes in use, their peak since the phase began)"""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return _process()
+
+    def _reset_peak(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with contextlib.suppress(OSError):  # where it cannot be reset, peaks are those of the whole run
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def _shortage(self, error):
+        wanted = re.search(r"(?:allocate |you tried to allocate )([\d.]+ \w+)", str(error))
+        limit = f"--memory-limit-gb {self.limit_gib:g}" if self.limit_gib else "the memory of this device"
+        return (
+            f"{limit} is not enough: in the phase {self.current!r} {self.now()[0] / GIB:.2f} GiB were in use"
+            + (f" and {wanted[1]} more were asked for" if wanted else "")
+            + f"; less is needed with {ADVICE[self.current]}"
+        )
+
+    def peak(self):
+        """The largest peak of all phases so far, bytes."""
+        return max((phase["peak"] for phase in self.phases.values()), default=self.now()[1])
+
+
+def _is_shortage(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _process():
+    """(resident bytes of this process, their peak)"""
+    try:
+        text = Path("/proc/self/status").read_text()
+        return tuple(int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) * 1024 for key in ("VmRSS", "VmHWM"))
+    except OSError:  # not Linux
+        import resource  # not on Windows
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+
+
+def _limit_process(size):
+    """Let this process use at most `size` more bytes of private memory than it has now."""
+    try:
+        import resource
+
+        in_use = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    except (ImportError, OSError):
+        raise ValueError("--memory-limit-gb on a CPU needs Linux") from None
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (in_use + size, hard))

@@ -1,0 +1,133 @@
+"""One training step: forward, backward, update. What is computed is `model.py`'s and `optim.py`'s; here is in
+which order, and so how much memory and how many launches it takes.
+
+Plain. All gradients exist when the optimizer begins: 2 bytes a weight in bf16, for Qwen3-4B more than its
+weights and moments in NVFP4 together.
+
+In the backward pass (`in_backward`). As soon as autograd has a weight's gradient complete (of a tied weight:
+the sum of both uses), a hook updates the weight and drops the gradient. The layers that the backward pass
+still has to visit do not read that weight any more. At most one gradient exists at a time, and every weight
+gets bit for bit what the plain step gives it. What cannot be had is clipping by the norm of all gradients,
+for it is known only when the first weights have been updated; AdamW bounds each update by itself.
+
+As a CUDA graph (`graph`). A small batch takes a GPU less time than Python needs to launch the step's
+thousands of kernels. So the second step with a batch of some shape is recorded, and each later one is one
+launch that replays it. Whatever differs from step to step therefore lies in tensors: the batch, and the
+optimizer's numbers (`AdamW.begin`). Nothing is read back: a step whose loss or gradient is not finite
+discards its own writes.
+"""
+
+import contextlib
+
+import torch
+
+from .linear import IGNORE
+
+GRAPHS = 8  # shapes of batches that are recorded; others run kernel by kernel
+SMALL = 4096  # tokens; the kernels of a larger batch take longer than launching them
+
+
+class Step:
+    """`loss, norm = step(batches)`, tensors on the device (fp32 []); `batches`: [(ids, labels)].
+
+    The gradient is that of the mean loss over all tokens learned in `batches`; `norm` is its norm. A step
+    whose loss or gradient is not finite leaves the weights alone and counts in `skipped`; with `in_backward`
+    a weight is left alone if its own gradient is not finite.
+
+    grad_clip: largest norm of the gradient, 0: any; refused with `in_backward`. kind: of the loss.
+    memory: `memory.Memory`, to record the phases.
+    """
+
+    def __init__(self, model, optimizer, *, grad_clip=0.0, kind="ce", in_backward=False, graph=False,
+                 memory=None):  # fmt: skip
+        if in_backward and grad_clip:
+            raise ValueError(
+                "the norm of all gradients is known after the backward pass: no clipping with a step in it"
+            )
+        self.model, self.optimizer, self.grad_clip, self.kind = model, optimizer, grad_clip, kind
+        self.in_backward, self.graph = in_backward, graph
+        self.phase = memory.phase if memory else lambda name: contextlib.nullcontext()
+        self.skipped = torch.zeros((), dtype=torch.int64, device=model.device)
+        self.gradient_bytes = 0  # most that existed at once
+        self._seen, self._recorded, self._pool = set(), {}, None
+        self._squares = torch.zeros((), device=model.device)
+        self._hooks = []
+        if in_backward:
+            for name, p in optimizer.parameters.items():
+                self._hooks.append(
+                    p.register_post_accumulate_grad_hook(lambda p, name=name: self._hook(name, p))
+                )
+
+    def close(self):
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __call__(self, batches):
+        if self.in_backward and len(batches) > 1:
+            raise ValueError("a step in the backward pass takes one batch: no accumulation")
+        self.optimizer.begin()
+        shape = batches[0][0].shape
+        if not self.graph or len(batches) > 1 or shape.numel() > SMALL:
+            return self._run(batches)
+        if shape in self._recorded:
+            return self._replay(shape, batches[0])
+        if shape in self._seen and len(self._recorded) < GRAPHS:  # all kernels of this shape are compiled now
+            self._record(shape, batches[0])
+            return self._replay(shape, batches[0])
+        self._seen.add(shape)
+        return self._run(batches)
+
+    def _run(self, batches):
+        """The step, kernel by kernel."""
+        learned = [(labels[:, 1:] != IGNORE).sum() for _, labels in batches]
+        shares = [count / sum(learned) for count in learned]
+        total = torch.zeros((), device=self.model.device)
+        self._squares.zero_()
+        for (ids, labels), share in zip(batches, shares):
+            with self.phase("forward"):
+                loss = self.model.loss(ids, labels, self.kind, select=not self.graph) * share
+            total += loss.detach()
+            self._ok = loss.detach().isfinite()
+            with self.phase("backward"):
+                loss.backward()
+                self._count_gradients()
+        if not self.in_backward:
+            with self.phase("step"):
+                self._squares.copy_(self.optimizer.grad_norm().square())
+                norm = self._squares.sqrt()
+                scale = (self.grad_clip / norm).clamp(max=1) if self.grad_clip else 1.0
+                self.optimizer.apply(scale, norm.isfinite() & total.isfinite())
+                self.optimizer.zero_grad()
+        norm = self._squares.sqrt()
+        self.skipped += (norm.isfinite() & total.isfinite()).logical_not()
+        self.model.refit()
+        return total, norm
+
+    def _hook(self, name, p):
+        self._count_gradients()
+        self._squares += self.optimizer.update(name, p, self._ok)
+        p.grad = None
+
+    def _count_gradients(self):
+        grads = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
+        now = sum(grad.numel() * grad.element_size() for grad in grads)
+        self.gradient_bytes = max(self.gradient_bytes, now)
+
+    def _record(self, shape, batch):
+        """Record the step with batches of this shape; this runs nothing."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the recorded step allocates is its own
+        inputs = [tensor.clone() for tensor in batch]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = self._run([inputs])
+        self._pool = graph.pool()
+        self._recorded[shape] = graph, inputs, outputs
+
+    def _replay(self, shape, batch):
+        graph, inputs, outputs = self._recorded[shape]
+        for mine, theirs in zip(inputs, batch):
+            mine.copy_(theirs, non_blocking=True)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
