@@ -118,7 +118,7 @@ class RMSNorm(nn.Module):
 def rope_tables(positions, config, dtype):
     """cos and sin [T, head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs of
     dimensions."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(positions.device, torch.float)
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     angles = positions.float().unsqueeze(-1) * (1.0 / config.rope_theta ** (exponent / config.head_dim))
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -47,6 +47,7 @@ from .precision import (
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 5.0  # |u|; the exact u exceeds it only when a gradient is far larger than all before it
+ONE_KERNEL = {"max_fusion_size": 512}  # operations that the compiler may join; by default it splits `update`
 PIECE = {"cpu": 2**18, "cuda": 2**24}  # numbers updated at once by code that is not compiled
 
 
@@ -84,6 +85,7 @@ def update(
     parts,
     grad,
     largest,
+    squares,
     first,
     key,
     hyper,
@@ -97,12 +99,12 @@ def update(
     """One step on some rows of a matrix, in place.
 
     stores, parts: the storages of w, m and sqrt(v), and these rows of their tensors.
-    grad: one block a row, as `precision.pairs`; `largest`: its largest magnitude in each row, [rows, 1].
+    grad: one block a row, as `precision.pairs`. largest, squares: what `survey` says of it.
     first, key: what the random bits derive from (`precision.counter_bits`).
     hyper: [8], the fields of `Hyper`. moved: fp64 [2], to which the movement that was asked for and the one
-    that arrived are added. ok: bool []; if false, everything stays as it is.
+    that arrived are added. ok: bool []; if false, or the gradient is not finite, everything stays as it is.
     """
-    hyper = Hyper(*hyper.unbind())
+    hyper, ok = Hyper(*hyper.unbind()), ok & squares.isfinite()
     g = [half * hyper.grad_scale for half in unpaired(grad, grad_dtype)]
     weight, mean, root = (store.values(part) for store, part in zip(stores, parts))
     mean_bound = root_bound = None
@@ -137,10 +139,16 @@ def _sum(even, odd):
     return (even + odd).sum(-1).sum()
 
 
-def survey(grad):
-    """(largest magnitude in each row [rows, 1], sum of squares []) of a gradient [rows, K], fp32."""
-    wide = grad.float()
-    return wide.abs().amax(1, keepdim=True), wide.square().sum()
+def survey(grad, squares, grad_dtype):
+    """(largest magnitude in each row [rows, 1], sum of squares []) of a gradient, given as `pairs`, fp32.
+
+    The sum is also added to `squares`. The largest of the bits is the largest of the magnitudes.
+    """
+    even, odd = unpaired(grad, grad_dtype)
+    total = (even.square() + odd.square()).sum(1).sum()
+    squares += total
+    bits = torch.maximum(*(half.view(torch.int32) & 0x7FFFFFFF for half in (even, odd)))
+    return bits.amax(1, keepdim=True).view(torch.float32), total
 
 
 class AdamW:
@@ -164,18 +172,21 @@ class AdamW:
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.stochastic, self.state = rounding == "stochastic", state
         self.chunk_rows, self.seed, self.steps = chunk_rows, seed, 0
+        self._numbers = {name: number for number, name in enumerate(self.parameters)}
         self.stores = {name: self._stores(p) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
         self.compiled = device.type == "cuda" if compile is None else compile
         self._update, self._survey = (
-            torch.compile(function, dynamic=False) if self.compiled else function
+            torch.compile(function, dynamic=False, options=ONE_KERNEL) if self.compiled else function
             for function in (update, survey)
         )
         # What differs from step to step lies on the device: Hyper for matrices and for vectors, and a key for
         # each parameter.
         self._hyper = torch.zeros(2, len(Hyper._fields), device=device)
         self._keys = torch.zeros(len(self.parameters), 2, dtype=torch.int32, device=device)
-        self._surveys = {}
+        self._zero = torch.zeros((), dtype=torch.int32, device=device)
+        self._true = torch.ones((), dtype=torch.bool, device=device)
+        self._surveys, self.squares = {}, torch.zeros((), device=device)
         self.moved_sums = torch.zeros(2, dtype=torch.float64, device=device)
 
     def _stores(self, p):
@@ -214,6 +225,7 @@ class AdamW:
         keys = [rounding_key(self.seed, t, name) for name in self.parameters]
         for mine, numbers in ((self._hyper, hyper), (self._keys, keys)):
             mine.copy_(torch.tensor(numbers, dtype=mine.dtype), non_blocking=True)
+        self.squares.zero_()
 
     @torch.no_grad()
     def apply(self, grad_scale=1.0, ok=None):
@@ -225,27 +237,29 @@ class AdamW:
 
     @torch.no_grad()
     def grad_norm(self):
-        """The norm of all gradients together, fp32 []."""
+        """The norm of all gradients together, fp32 []; once a step, after `begin`."""
         for name, p in self.parameters.items():
             if p.grad is not None:
-                self._surveys[name] = self._survey(_matrix(p.grad))
-        return torch.stack([squares for _, squares in self._surveys.values()]).sum().sqrt()
+                self._surveys[name] = self._survey_of(p)
+        return self.squares.sqrt()
+
+    def _survey_of(self, p):
+        grad = _matrix(p.grad)
+        return self._survey(pairs(grad), self.squares, grad.dtype)
 
     @torch.no_grad()
     def update(self, name, p, ok=None):
-        """Update one parameter, if its gradient is finite; returns the sum of the gradient's squares."""
-        grad, number = _matrix(p.grad), list(self.parameters).index(name)
-        largest, squares = self._surveys.pop(name, None) or self._survey(grad)
-        ok = squares.isfinite() if ok is None else ok & squares.isfinite()
+        """Update one parameter, if its gradient is finite; the gradient's squares are added to `squares`."""
+        grad, number, stores = _matrix(p.grad), self._numbers[name], self.stores[name]
+        largest, squares = self._surveys.pop(name, None) or self._survey_of(p)
         for rows in self._pieces(grad):
-            first = torch.full((), rows.start * grad.shape[1], dtype=torch.int32, device=p.device)
+            first = self._zero + rows.start * grad.shape[1] if rows.start else self._zero
             self._update(
-                self.stores[name], [store.rows(rows) for store in self.stores[name]],
-                pairs(one_block_a_row(grad[rows])), largest[rows], first, self._keys[number],
-                self._hyper[0 if p.dim() == 2 else 1], self.moved_sums, ok, grad_dtype=grad.dtype,
+                stores, [store.rows(rows) for store in stores], pairs(one_block_a_row(grad[rows])),
+                largest[rows], squares, first, self._keys[number], self._hyper[0 if p.dim() == 2 else 1],
+                self.moved_sums, self._true if ok is None else ok, grad_dtype=grad.dtype,
                 stochastic=self.stochastic, stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
             )  # fmt: skip
-        return squares
 
     def _pieces(self, grad):
         """The rows to compute at once: all in compiled code, else what temporaries stay small for."""

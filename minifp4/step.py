@@ -24,7 +24,7 @@ import torch
 from .linear import IGNORE
 
 GRAPHS = 8  # shapes of batches that are recorded; others run kernel by kernel
-SMALL = 4096  # tokens; the kernels of a larger batch take longer than launching them
+SMALL = 2**16  # tokens; the kernels of a larger batch take longer than launching them
 
 
 class Step:
@@ -50,7 +50,6 @@ class Step:
         self.skipped = torch.zeros((), dtype=torch.int64, device=model.device)
         self.gradient_bytes = 0  # most that existed at once
         self._seen, self._recorded, self._pool = set(), {}, None
-        self._squares = torch.zeros((), device=model.device)
         self._hooks = []
         if in_backward:
             for name, p in optimizer.parameters.items():
@@ -83,7 +82,6 @@ class Step:
         learned = [(labels[:, 1:] != IGNORE).sum() for _, labels in batches]
         shares = [count / sum(learned) for count in learned]
         total = torch.zeros((), device=self.model.device)
-        self._squares.zero_()
         for (ids, labels), share in zip(batches, shares):
             with self.phase("forward"):
                 loss = self.model.loss(ids, labels, self.kind, select=not self.graph) * share
@@ -94,19 +92,18 @@ class Step:
                 self._count_gradients()
         if not self.in_backward:
             with self.phase("step"):
-                self._squares.copy_(self.optimizer.grad_norm().square())
-                norm = self._squares.sqrt()
+                norm = self.optimizer.grad_norm()
                 scale = (self.grad_clip / norm).clamp(max=1) if self.grad_clip else 1.0
                 self.optimizer.apply(scale, norm.isfinite() & total.isfinite())
                 self.optimizer.zero_grad()
-        norm = self._squares.sqrt()
+        norm = self.optimizer.squares.sqrt()
         self.skipped += (norm.isfinite() & total.isfinite()).logical_not()
         self.model.refit()
         return total, norm
 
     def _hook(self, name, p):
         self._count_gradients()
-        self._squares += self.optimizer.update(name, p, self._ok)
+        self.optimizer.update(name, p, self._ok)
         p.grad = None
 
     def _count_gradients(self):
