@@ -205,9 +205,15 @@ def in_blocks(x):
 
 
 def block_amax(x):
-    """The largest magnitude of each block, [..., K/16], of halves [..., K/16, 8]."""
-    even, odd = (half.abs().amax(-1) for half in x)
-    return torch.maximum(even, odd).float()
+    """The largest magnitude of each block, [..., K/16], of fp32 halves [..., K/16, 8]; NaN if there is one."""
+    even, odd = (magnitude_bits(half).amax(-1) for half in x)
+    return torch.maximum(even, odd).view(torch.float32)
+
+
+def magnitude_bits(x):
+    """The bits of |x| (fp32) as int32: ordered as the numbers are, NaN last, and quicker to compare on a
+    GPU."""
+    return x.view(torch.int32) & 0x7FFFFFFF
 
 
 def above_zero(scale):
@@ -269,9 +275,8 @@ def e2m1_code(y, bits=None, smallest=0):
 
 
 def limited(y, most):
-    """|y|, but at most `most`: a minimum of integers, as fp32 numbers are ordered like their bits and a GPU
-    has it in one instruction. NaN becomes `most` too; it is the block's scale that keeps it visible."""
-    return (y.view(torch.int32) & 0x7FFFFFFF).clamp(max=struct.unpack("<i", struct.pack("<f", most))[0])
+    """The bits of |y|, but at most of `most`. NaN becomes `most` too: the block's scale keeps it visible."""
+    return magnitude_bits(y).clamp(max=struct.unpack("<i", struct.pack("<f", most))[0])
 
 
 def sign_bit(y):

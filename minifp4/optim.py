@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import limited, row_slices
+from .nvfp4 import limited, magnitude_bits, row_slices
 from .precision import (
     Blocks,
     counter_bits,
@@ -142,12 +142,12 @@ def _sum(even, odd):
 def survey(grad, squares, grad_dtype):
     """(largest magnitude in each row [rows, 1], sum of squares []) of a gradient, given as `pairs`, fp32.
 
-    The sum is also added to `squares`. The largest of the bits is the largest of the magnitudes.
+    The sum is also added to `squares`.
     """
     even, odd = unpaired(grad, grad_dtype)
     total = (even.square() + odd.square()).sum(1).sum()
     squares += total
-    bits = torch.maximum(*(half.view(torch.int32) & 0x7FFFFFFF for half in (even, odd)))
+    bits = torch.maximum(magnitude_bits(even), magnitude_bits(odd))
     return bits.amax(1, keepdim=True).view(torch.float32), total
 
 
