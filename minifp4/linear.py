@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .nvfp4 import (
+    BLOCK,
     NVFP4,
+    any_length,
     decode_rows,
     dequantize,
     encode,
@@ -244,22 +246,33 @@ def _dlogits(logits, targets, total, dtoken):
     return ((probability - is_target.float()) * dtoken.unsqueeze(-1)).to(logits.dtype)
 
 
-def _dequantize_whole(q, dtype):
-    return decode_rows(*q).to(dtype)
-
-
-def _fake_quantize_whole(weight, global_scale, dtype):
-    return decode_rows(*encode(halves(weight.float()), 1 / global_scale), global_scale).to(dtype)
-
-
 def compiled_kernels():
-    """`Kernels` that compute in one piece, compiled."""
-    whole = [torch.compile(f, dynamic=False) for f in (_dequantize_whole, _fake_quantize_whole, refit_parts)]
-    dequantize, fake_quantize, refit_whole = whole
-    return Kernels(
-        dequantize, fake_quantize, lambda weights: refit(weights, refit_whole), torch.compile(_log_sum),
-        torch.compile(_dlogits),
-    )  # fmt: skip
+    """`Kernels` that are compiled, each once for matrices of all shapes: as rows of one block they differ in
+    nothing but the number of blocks."""
+    decode, fake, fit = (
+        torch.compile(function, dynamic=False) for function in (_decode_blocks, _fake_blocks, refit_parts)
+    )
+
+    def dequantize(q, dtype):
+        blocks = any_length(q.qdata.view(-1, BLOCK // 2), q.scale.view(-1, 1))
+        return decode(*blocks, q.global_scale, dtype).view(len(q.qdata), -1)
+
+    def fake_quantize(weight, global_scale, dtype):
+        return fake(*any_length(weight.view(-1, BLOCK)), global_scale, dtype).view_as(weight)
+
+    def refit_group(weights):
+        scales = any_length(*(weight.scale.view(-1) for weight in weights))
+        fit(scales, [weight.global_scale for weight in weights])
+
+    return Kernels(dequantize, fake_quantize, refit_group, torch.compile(_log_sum), torch.compile(_dlogits))
+
+
+def _decode_blocks(qdata, scale, global_scale, dtype):
+    return decode_rows(qdata, scale, global_scale).to(dtype)
+
+
+def _fake_blocks(weight, global_scale, dtype):
+    return decode_rows(*encode(halves(weight.float()), 1 / global_scale), global_scale).to(dtype)
 
 
 EAGER = Kernels(dequantize, fake_quantize, refit, _log_sum, _dlogits)

@@ -124,10 +124,12 @@ def rope_tables(positions, config, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class Rotary(nn.Module):
-    """Turn each pair (x[i], x[i + head_dim/2]) of [B, H, T, head_dim] by its position's angle."""
+class HeadNorm(RMSNorm):
+    """The norm of every head of [B, T, H, head_dim], then each pair (x[i], x[i + head_dim/2]) turned by its
+    position's angle."""
 
     def forward(self, x, cos, sin):
+        x, cos, sin = super().forward(x), cos.unsqueeze(1), sin.unsqueeze(1)  # [T, 1, head_dim]
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -168,17 +170,16 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, pairs)
         self.v_proj = Linear(config.hidden_size, pairs)
         self.o_proj = Linear(queries, config.hidden_size)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.rotate = Rotary()
+        self.q_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
         share_global_scale(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x, cos, sin, cache=None):
         def heads(y):  # [B, T, H * head_dim] -> [B, T, H, head_dim]
             return y.unflatten(-1, (-1, self.head_dim))
 
-        q = self.rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)
-        k = self.rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)
+        q = self.q_norm(heads(self.q_proj(x)), cos, sin).transpose(1, 2)
+        k = self.k_norm(heads(self.k_proj(x)), cos, sin).transpose(1, 2)
         v = heads(self.v_proj(x)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -287,7 +288,7 @@ class Qwen3(nn.Module):
         for module in self.modules():
             if isinstance(module, (Linear, Embedding)):
                 module.kernels = kernels
-            if isinstance(module, (RMSNorm, Rotary, SwiGLU)):
+            if isinstance(module, (RMSNorm, SwiGLU)):
                 module.compile()
 
     @torch.no_grad()

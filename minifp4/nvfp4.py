@@ -38,7 +38,6 @@ The order of the multiplications is that of TransformerEngine, in fp32, so its b
 What this module does not do: Hadamard transforms, 16x16 blocks, swizzled scales, matrix products in 4 bits.
 """
 
-import struct
 from typing import NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9  # the smallest positive E4M3, a subnormal
 FP32_MAX = torch.finfo(torch.float32).max
-ONE = 0x3F800000  # the bits of 1.0 in fp32
+ONE, SIX = 0x3F800000, 0x40C00000  # the bits of 1.0 and 6.0 in fp32
 FP16_UNIT = 2.0**14  # how much more than in fp16 an exponent means in E2M1
 RANDOM = 2**22  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 
@@ -129,6 +128,13 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
     for rows in row_chunks(matrix):
         into[rows] = decode_rows(*encode(halves(matrix[rows].float()), 1 / global_scale), global_scale)
     return values
+
+
+def any_length(*tensors):
+    """The tensors, marked so that compiled code for them serves all numbers of rows."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensors
 
 
 def as_matrix(x):
@@ -269,14 +275,14 @@ def scaled(x, scale, global_scale):
 
 def e2m1_code(y, bits=None, smallest=0):
     """The codes (int32, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6."""
-    code = magnitude_code(limited(y, E2M1_MAX), bits)
+    code = magnitude_code(limited(y, SIX), bits)
     code = code.clamp(min=smallest) if smallest else code
     return code & 7 | sign_bit(y)
 
 
 def limited(y, most):
-    """The bits of |y|, but at most of `most`. NaN becomes `most` too: the block's scale keeps it visible."""
-    return magnitude_bits(y).clamp(max=struct.unpack("<i", struct.pack("<f", most))[0])
+    """The bits of |y|, but at most `most` (bits). NaN becomes that too: the block's scale keeps it visible."""
+    return magnitude_bits(y).clamp(max=most)
 
 
 def sign_bit(y):

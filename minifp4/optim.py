@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import limited, magnitude_bits, row_slices
+from .nvfp4 import any_length, limited, magnitude_bits, row_slices
 from .precision import (
     Blocks,
     counter_bits,
@@ -46,7 +46,7 @@ from .precision import (
 
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 TINY = 2.0**-126  # the least normal fp32 number
-MAX_UPDATE = 5.0  # |u|; the exact u exceeds it only when a gradient is far larger than all before it
+MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above all before it asks for more
 ONE_KERNEL = {"max_fusion_size": 512}  # operations that the compiler may join; by default it splits `update`
 PIECE = {"cpu": 2**18, "cuda": 2**24}  # numbers updated at once by code that is not compiled
 
@@ -254,11 +254,15 @@ class AdamW:
         largest, squares = self._surveys.pop(name, None) or self._survey_of(p)
         for rows in self._pieces(grad):
             first = self._zero + rows.start * grad.shape[1] if rows.start else self._zero
+            parts = [store.rows(rows) for store in stores]
+            blocks, limits = pairs(one_block_a_row(grad[rows])), largest[rows]
+            if self.compiled:
+                any_length(blocks, limits, *(tensor for part in parts for tensor in part.values()))
             self._update(
-                stores, [store.rows(rows) for store in stores], pairs(one_block_a_row(grad[rows])),
-                largest[rows], squares, first, self._keys[number], self._hyper[0 if p.dim() == 2 else 1],
-                self.moved_sums, self._true if ok is None else ok, grad_dtype=grad.dtype,
-                stochastic=self.stochastic, stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
+                stores, parts, blocks, limits, squares, first, self._keys[number],
+                self._hyper[0 if p.dim() == 2 else 1], self.moved_sums, self._true if ok is None else ok,
+                grad_dtype=grad.dtype, stochastic=self.stochastic,
+                stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
             )  # fmt: skip
 
     def _pieces(self, grad):

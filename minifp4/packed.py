@@ -60,6 +60,7 @@ from .nvfp4 import (
 
 KEEP = 2.9  # a block's scale stays while its amax is in (KEEP, E2M1_MAX] times it
 FURTHER, PLACES = 4, 16  # bits of `nvfp4x2` beyond a code's, and the places that they make of each
+SEVEN = 0x40E00000  # the bits of 7.0 in fp32, beyond which there is no place
 LAST = 7 * PLACES + 7  # the last place that is read as code 7
 
 
@@ -177,7 +178,7 @@ def _places(x, scale, encode_scale, bits):
     inverse, nibbles = inverse_scale(scale, encode_scale), []
     for half, drawn in zip(in_blocks(x), (None, None) if bits is None else in_blocks(bits)):
         y = half * inverse
-        place = magnitude_code(limited(y, E2M1_MAX + 1), drawn, FURTHER).clamp(max=LAST) + PLACES // 2
+        place = magnitude_code(limited(y, SEVEN), drawn, FURTHER).clamp(max=LAST) + PLACES // 2
         nibbles.append((place >> FURTHER | sign_bit(y), place & PLACES - 1))
     qdata, more = ((even | odd << 4).to(torch.uint8).flatten(-2) for even, odd in zip(*nibbles))
     return {"qdata": qdata, "more": more}
@@ -251,14 +252,13 @@ def _codes_of_values(x, global_scale):
     return codes, scale, bool(right.all())
 
 
-def refit(weights, fit=None):
+def refit(weights):
     """Double the global scale of packed `weights` that share one, where a block scale nears the end of its
     range.
 
     All block scales are halved, so that no number changes (but in E4M3's subnormals, by half their step).
-    fit: `refit_parts`, compiled.
     """
-    (fit or refit_parts)([weight.scale for weight in weights], [weight.global_scale for weight in weights])
+    refit_parts([weight.scale for weight in weights], [weight.global_scale for weight in weights])
 
 
 def refit_parts(scales, global_scales):

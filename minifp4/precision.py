@@ -169,6 +169,7 @@ class Blocks:
             raise ValueError(
                 f"{kind} storage needs rows of whole blocks of {BLOCK}, got rows of {k}: use bf16 or fp32"
             )
+        self.per_row = torch.tensor(k // BLOCK, dtype=torch.int32, device=device)
         pair = torch.int16 if self.bits8 else torch.uint8  # two codes, the even element in the lower half
         self.tensors = {
             "qdata": torch.zeros(rows, k // 2, dtype=pair, device=device),
@@ -185,7 +186,10 @@ class Blocks:
         return parts["row_scale"] * (self.most * E4M3_MAX / 2)
 
     def values(self, parts):
-        codes, scales = parts["qdata"], (parts["scale"], _for_blocks(parts["row_scale"], parts["scale"]))
+        codes, scales = (
+            parts["qdata"],
+            (parts["scale"], _for_blocks(parts["row_scale"], self.per_row, len(parts["scale"]))),
+        )
         if not self.bits8:
             return decode(codes, *scales)
         codes = codes.to(torch.int32)
@@ -197,7 +201,7 @@ class Blocks:
 
     def encoded(self, x, old, bits=None, bound=None):
         row_scale = bound * (2 / (self.most * E4M3_MAX))  # half of E4M3's range is for what exceeds it
-        encode_scale = _for_blocks((1 / row_scale).clamp(max=FP32_MAX), old["scale"])
+        encode_scale = _for_blocks((1 / row_scale).clamp(max=FP32_MAX), self.per_row, len(old["scale"]))
         if self.bits8:
             qdata, scale = self._encode8(x, encode_scale, bits)
         else:
@@ -222,9 +226,10 @@ def _flat(x):
     return x.view(-1, 1 if x.dtype == torch.float8_e4m3fn else BLOCK // 2)
 
 
-def _for_blocks(x, scale):
-    """A number for each row, [rows, 1] -> [blocks, 1] as block scales `scale` have it."""
-    return x.expand(len(x), len(scale) // len(x)).reshape(-1, 1)
+def _for_blocks(x, per_row, count):
+    """A number for each row, [rows, 1] -> one for each of `count` blocks, [blocks, 1]."""
+    blocks = torch.arange(count, dtype=torch.int32, device=x.device)
+    return x.index_select(0, blocks // per_row)
 
 
 def write(parts, new, ok=None):
