@@ -247,14 +247,14 @@ def _dlogits(logits, targets, total, dtoken):
 
 
 def compiled_kernels():
-    """`Kernels` that are compiled, each once for matrices of all shapes: as rows of one block they differ in
-    nothing but the number of blocks."""
+    """`Kernels` that are compiled. Decoding is fastest with one kernel for each shape; the others serve
+    matrices of all shapes, which as rows of one block differ in nothing but the number of blocks."""
     decode, fake, fit = (
         torch.compile(function, dynamic=False) for function in (_decode_blocks, _fake_blocks, refit_parts)
     )
 
     def dequantize(q, dtype):
-        blocks = any_length(q.qdata.view(-1, BLOCK // 2), q.scale.view(-1, 1))
+        blocks = q.qdata.view(-1, BLOCK // 2), q.scale.view(-1, 1)
         return decode(*blocks, q.global_scale, dtype).view(len(q.qdata), -1)
 
     def fake_quantize(weight, global_scale, dtype):

@@ -47,7 +47,9 @@ from .precision import (
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above all before it asks for more
-ONE_KERNEL = {"max_fusion_size": 512}  # operations that the compiler may join; by default it splits `update`
+ONE_KERNEL = {  # options of the compiler: by default it splits `update`, and tries few sizes of thread blocks
+    "max_fusion_size": 512, "coordinate_descent_tuning": True,
+}  # fmt: skip
 PIECE = {"cpu": 2**18, "cuda": 2**24}  # numbers updated at once by code that is not compiled
 
 

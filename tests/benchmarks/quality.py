@@ -31,6 +31,7 @@ import minifp4
 from minifp4 import chat, checkpoint, optim
 from minifp4.model import Config
 from minifp4.packed import bytes_of
+from minifp4.step import Step
 
 RESULTS = Path(__file__).parent / "results"
 SECOND = (
@@ -45,7 +46,7 @@ SECOND = (
     "json",
     "logging",
 )
-FULL = dict(hidden=384, layers=6, vocabulary=4096, tokens=256, batch=16, steps=500, tune=150, seeds=3)
+FULL = dict(hidden=384, layers=6, vocabulary=4096, tokens=256, batch=16, steps=2000, tune=300, seeds=4)
 QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=150, tune=60, seeds=1)
 REFERENCE = "fp32 fp32"
 # name: master, state, and what else differs from the usual settings
@@ -105,45 +106,48 @@ def batch_of(tokens, size, seed, device):
 
 @torch.no_grad()
 def validate(model, tokens, size):
-    batches = [batch_of(tokens, size, (999, n), model.device) for n in range(16)]
-    return statistics.mean(model.loss(ids, ids).item() for ids in batches)
+    batches = [batch_of(tokens, size, (999, n), model.device) for n in range(32)]
+    return torch.stack([model.loss(ids, ids, select=False) for ids in batches]).mean().item()
 
 
-def one_run(job):
-    """Train one model; returns {val, start, losses, moved, bytes}. `job`: see `main`."""
+def one_kind(job):
+    """Train one model for each seed; returns {seed: {val, start, losses, moved, bytes}}. `job`: see `main`."""
     torch.set_num_threads(job["threads"])
+    if job["how"].get("stochastic_root"):
+        optim.STOCHASTIC_ROOT = (*optim.STOCHASTIC_ROOT, job["how"]["state"])
+    return {seed: one_run(job, seed) for seed in range(job["seeds"])}
+
+
+def one_run(job, seed):
     size, how, device = job["size"], job["how"], job["device"]
-    if how.get("stochastic_root"):
-        optim.STOCHASTIC_ROOT = (*optim.STOCHASTIC_ROOT, how["state"])
-    directory = Path(job["directory"])
+    directory, on_gpu = Path(job["directory"]), device == "cuda"
     train, val = (
         np.load(directory / f"{job['domain']}.{part}.npy", mmap_mode="r") for part in ("train", "val")
     )
     heads, wide = size["hidden"] // 64, 3 * size["hidden"]
     shape = (size["vocabulary"], size["hidden"], wide, size["layers"], heads, 1, 64)
     config = Config(*shape, rms_norm_eps=1e-6, rope_theta=1e4)
-    model = checkpoint.initialize(config, job["seed"], quantize=how.get("quantize", True), device=device)
-    model.set_compute_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
-    if job["start"]:
-        model.load_state_dict(torch.load(job["start"], map_location=device, weights_only=True))
+    model = checkpoint.initialize(config, seed, quantize=how.get("quantize", True), device=device)
+    model.set_compute_dtype(torch.bfloat16 if on_gpu else torch.float32)
+    base = directory / f"base{seed}.pt"
+    if job["domain"] == "b":
+        model.load_state_dict(torch.load(base, map_location=device, weights_only=True))
     masters(model, how)
+    if on_gpu:
+        torch._dynamo.config.recompile_limit = 64
+        model.compile_parts()
     optimizer = minifp4.AdamW(
         model.named_parameters(), betas=(0.9, how.get("beta2", 0.95)), weight_decay=0.1, state=how["state"],
-        rounding=how.get("rounding", "stochastic"), seed=job["seed"],
+        rounding=how.get("rounding", "stochastic"), seed=seed,
     )  # fmt: skip
+    step = Step(model, optimizer, grad_clip=1.0, graph=on_gpu)
     begin, losses = validate(model, val, size), []
-    for step in range(job["steps"]):
-        ids = batch_of(train, size, (job["seed"], step), device)
-        loss = model.loss(ids, ids)
-        loss.backward()
-        norm = torch.stack([p.grad.norm() for p in optimizer.parameters.values()]).norm()
-        optimizer.lr = job["lr"] * min(1, (step + 1) / 50, (job["steps"] - step) / (0.3 * job["steps"]))
-        optimizer.step((1 / norm.clamp(min=1)).float())
-        model.refit()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+    for number in range(job["steps"]):
+        ids = batch_of(train, size, (seed, number), device)
+        optimizer.lr = job["lr"] * min(1, (number + 1) / 50, (job["steps"] - number) / (0.3 * job["steps"]))
+        losses.append(step([(ids, ids)])[0])
     if job["save"]:
-        torch.save(model.state_dict(), job["save"])
+        torch.save(model.state_dict(), base)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     return {
         "val": validate(model, val, size),
@@ -226,7 +230,8 @@ def main():
     )
     parser.add_argument("--quick", action="store_true", help="a small model for a CPU, one seed")
     parser.add_argument("--part", choices=("scratch", "tune", "ideas"), help="default: scratch, then tune")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="kinds that run at the same time")
+    parser.add_argument("--steps", type=int, help="of a run from scratch")
     parser.add_argument("--seeds", type=int, help="runs of each kind")
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json", help="where the results go")
     parser.add_argument("--plot", type=Path, help="draw the figure from this JSON, run nothing")
@@ -236,6 +241,7 @@ def main():
         return
     size = dict(QUICK if chosen.quick else FULL)
     seeds = chosen.seeds or size["seeds"]
+    size["steps"] = chosen.steps or size["steps"]
     device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
     place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores"
     print(f"{place}, torch {torch.__version__}; {size}")
@@ -253,21 +259,16 @@ def main():
         make_data(size, Path(directory))
         print(f"data: {[len(np.load(Path(directory) / f'{d}.train.npy')) for d in 'ab']} tokens")
         threads = max(1, (os.cpu_count() or 1) // chosen.jobs)
-        common = {"size": size, "directory": directory, "device": device, "threads": threads}
+        common = {"size": size, "directory": directory, "device": device, "threads": threads, "seeds": seeds}
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(chosen.jobs, context, max_tasks_per_child=1) as pool:
 
             def run(grid, **more):
                 jobs = {}
-                for seed in range(seeds):
-                    base = f"{directory}/base{seed}.pt"
-                    for name, how in grid.items():
-                        files = {"start": base if more["domain"] == "b" else None, "save": None}
-                        files["save"] = base if name == REFERENCE and more["domain"] == "a" else None
-                        jobs[name, seed] = pool.submit(
-                            one_run, common | more | files | {"how": how, "seed": seed}
-                        )
-                return {key: job.result() for key, job in jobs.items()}
+                for name, how in grid.items():
+                    save = name == REFERENCE and more["domain"] == "a"
+                    jobs[name] = pool.submit(one_kind, common | more | {"how": how, "save": save})
+                return {(name, seed): run for name, job in jobs.items() for seed, run in job.result().items()}
 
             grid = {REFERENCE: GRID[REFERENCE]} if chosen.part == "tune" else GRID
             grid = IN_FIGURE | IDEAS if chosen.part == "ideas" else grid
