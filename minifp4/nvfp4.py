@@ -131,7 +131,7 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
 
 
 def any_length(*tensors):
-    """The tensors, marked so that compiled code for them serves all numbers of rows."""
+    """The tensors, marked so that code compiled for them serves any number of rows."""
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return tensors
@@ -276,8 +276,7 @@ def scaled(x, scale, global_scale):
 def e2m1_code(y, bits=None, smallest=0):
     """The codes (int32, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6."""
     code = magnitude_code(limited(y, SIX), bits)
-    code = code.clamp(min=smallest) if smallest else code
-    return code & 7 | sign_bit(y)
+    return code.clamp(min=smallest) & 7 if smallest else code & 7 | sign_bit(y)
 
 
 def limited(y, most):

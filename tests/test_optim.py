@@ -204,14 +204,14 @@ MASTERS = {
 
 @pytest.mark.parametrize("kind", ["bf16", "nvfp4x2"])
 def test_an_update_too_small_for_fp32_arrives_on_average(kind):
-    """1 - 2.5e-8 is 1 in fp32, whose gap below 1 is 6e-8. Of a hundred such updates of 65,536 weights nearly
-    all change nothing, but their mean arrives: some hundred weights have moved by a whole gap."""
-    weight = torch.nn.Parameter(MASTERS[kind](torch.ones(64, 1024)))
+    """1 - 2.5e-8 is 1 in fp32, whose gap below 1 is 6e-8. Of a hundred such updates of 262,144 weights nearly
+    all change nothing, but their mean arrives: a few dozen weights have moved by a whole gap."""
+    weight = torch.nn.Parameter(MASTERS[kind](torch.ones(256, 1024)))
     weight.grad_dtype, before = torch.float32, packed.dense(weight).double().mean()
     optimizer = minifp4.AdamW([("w", weight)], lr=2.5e-8, weight_decay=0.0)
     assert torch.ones(()) - 2.5e-8 == 1
     for _ in range(100):
-        weight.grad = torch.ones(64, 1024)
+        weight.grad = torch.ones(256, 1024)
         optimizer.step()
     change = before - packed.dense(weight).double().mean()
     assert change.item() == pytest.approx(100 * 2.5e-8, rel=0.5)
