@@ -211,7 +211,7 @@ def in_blocks(x):
 
 
 def block_amax(x):
-    """The largest magnitude of each block, [..., K/16], of fp32 halves [..., K/16, 8]; NaN if there is one."""
+    """The largest magnitude of each block, [..., K/16], of fp32 halves [..., K/16, 8]; NaN if one is."""
     even, odd = (magnitude_bits(half).amax(-1) for half in x)
     return torch.maximum(even, odd).view(torch.float32)
 
@@ -280,7 +280,7 @@ def e2m1_code(y, bits=None, smallest=0):
 
 
 def limited(y, most):
-    """The bits of |y|, but at most `most` (bits). NaN becomes that too: the block's scale keeps it visible."""
+    """The bits of |y|, but at most `most` (bits). NaN becomes that too; a block's scale keeps it visible."""
     return magnitude_bits(y).clamp(max=most)
 
 

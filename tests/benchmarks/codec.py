@@ -10,13 +10,16 @@ plain copy of the same bytes. Medians of 20 after 3 of warm-up, on random data.
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import minifp4
 from minifp4 import nvfp4
+from minifp4.linear import compiled_kernels
 
 
 def data(kind, rows, columns):
@@ -29,23 +32,29 @@ def differences(rows, columns, devices):
     found = {}
     for kind in ("normal", "spread"):
         x = data(kind, rows, columns)
-        drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
-        for rounding, noise in (("nearest", None), ("stochastic", drawn)):
+        drawn = torch.randint(nvfp4.RANDOM, x.shape, dtype=torch.int32)
+        for rounding, bits in (("nearest", None), ("stochastic", drawn)):
             scale = torch.tensor(64.0)
-            expected = nvfp4.encode(x, scale, noise)
+
+            def encode(x, bits, scale):
+                return nvfp4.encode(nvfp4.halves(x), scale, None if bits is None else nvfp4.halves(bits))
+
+            expected = encode(x, bits, scale)
+            decoded = nvfp4.decode_rows(*expected, 1 / scale)
             for device in devices:
-                arguments = [None if t is None else t.to(device) for t in (x, scale, noise)]
+                x_there, bits_there = x.to(device), None if bits is None else bits.to(device)
                 for how in ("eager", "compiled"):
-                    encode = torch.compile(nvfp4.encode) if how == "compiled" else nvfp4.encode
-                    decode = torch.compile(nvfp4.decode) if how == "compiled" else nvfp4.decode
-                    got = [t.cpu() for t in encode(*arguments)]
-                    values = decode(*(t.to(device) for t in expected), 1 / scale.to(device)).cpu()
+                    functions = encode, nvfp4.decode_rows
+                    if how == "compiled":
+                        functions = [torch.compile(function) for function in functions]
+                    got = [t.cpu() for t in functions[0](x_there, bits_there, scale.to(device))]
+                    codes = [t.to(device) for t in expected]
+                    values = functions[1](*codes, 1 / scale.to(device)).cpu()
                     counts = [
                         (a.view(torch.uint8) != b.view(torch.uint8)).sum().item()
                         for a, b in zip(got, expected)
                     ]
-                    counts.append((values != nvfp4.decode(*expected, 1 / scale)).sum().item())
-                    found[f"{device} {how}, {kind}, {rounding}"] = counts
+                    found[f"{device} {how}, {kind}, {rounding}"] = [*counts, (values != decoded).sum().item()]
     return found, [expected[0].numel(), expected[1].numel(), x.numel()]
 
 
@@ -69,14 +78,15 @@ def speed(rows, columns, device):
     x = data("normal", rows, columns).to(device, torch.bfloat16)
     scale = nvfp4.weight_global_scale(x)
     q = minifp4.quantize(x, global_scale=scale)
-    compiled = torch.compile(minifp4.quantize), torch.compile(minifp4.dequantize)
+    encode = torch.compile(lambda x: nvfp4.encode(nvfp4.halves(x.float()), 1 / scale))
+    decode = compiled_kernels().dequantize
     needed = x.numel() * 2.5625
     ways = {
         "copy bf16": (lambda: x.clone(), x.numel() * 4),
         "minifp4 quantize": (lambda: minifp4.quantize(x, global_scale=scale), needed),
-        "minifp4 quantize, compiled": (lambda: compiled[0](x, global_scale=scale), needed),
+        "minifp4 quantize, compiled": (lambda: encode(x), needed),
         "minifp4 dequantize": (lambda: minifp4.dequantize(q, torch.bfloat16), needed),
-        "minifp4 dequantize, compiled": (lambda: compiled[1](q, torch.bfloat16), needed),
+        "minifp4 dequantize, compiled": (lambda: decode(q, torch.bfloat16), needed),
     }
     try:
         from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor

@@ -111,7 +111,7 @@ def validate(model, tokens, size):
 
 
 def one_kind(job):
-    """Train one model for each seed; returns {seed: {val, start, losses, moved, bytes}}. `job`: see `main`."""
+    """Train one model for each seed: {seed: {val, start, losses, moved, bytes}}. `job`: see `main`."""
     torch.set_num_threads(job["threads"])
     if job["how"].get("stochastic_root"):
         optim.STOCHASTIC_ROOT = (*optim.STOCHASTIC_ROOT, job["how"]["state"])
@@ -205,7 +205,7 @@ def plot(results, path):
     figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=120)
     labels = {
         REFERENCE: "fp32 weights and moments (12 bytes)",
-        "nvfp4x2 nvfp4": "nvfp4x2 weights, nvfp4 moments (2.25 bytes)",
+        "nvfp4x2 nvfp4": "nvfp4x2 weights, nvfp4 moments (2.19 bytes)",
         "nvfp4 nvfp4": "nvfp4 weights and moments (1.69 bytes)",
         "nvfp4 nvfp4, nearest": "the same, rounded to nearest",
     }

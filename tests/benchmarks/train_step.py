@@ -1,0 +1,239 @@
+"""Time and memory of one training step, beside what people use today.
+
+    python tests/benchmarks/train_step.py              Qwen3-4B's shape, three batches, on a GPU
+    python tests/benchmarks/train_step.py --scaling    0.6B to 8B, and 512 to 16,384 tokens
+    python tests/benchmarks/train_step.py --quick      tiny shapes on a CPU, a minute
+
+Weights and tokens are random, every token is learned. Time: the median of 5 steps after 2 of warm-up, and the
+spread of the 5. Memory: the most that the allocator gave out after the first step, weights and moments
+included. MFU: the operations of the matrix products (recomputation counted, as it is done) over the time, as
+a share of a large bf16 product measured in the same run. Baselines are Hugging Face transformers in bf16 with
+torch's fused AdamW and torchao's, with gradient checkpointing.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import minifp4
+from minifp4 import checkpoint, packed
+from minifp4.model import Config, Qwen3
+from minifp4.step import Step
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head_dim, vocabulary
+    "tiny": (64, 128, 2, 4, 2, 32, 896),
+    "0.6B": (1024, 3072, 28, 16, 8, 128, 151936),
+    "1.7B": (2048, 6144, 28, 16, 8, 128, 151936),
+    "4B": (2560, 9728, 36, 32, 8, 128, 151936),
+    "8B": (4096, 12288, 36, 32, 8, 128, 151936),
+}
+OURS = {"minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4"), "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4"),
+        "minifp4 bf16 + int8": ("bf16", "int8")}  # fmt: skip
+THEIRS = ("HF + fused AdamW", "HF + torchao AdamW8bit", "HF + torchao AdamW4bit")
+
+ORDER = (*list(OURS)[:1], *THEIRS, *list(OURS)[1:])
+
+
+def config_of(name):
+    hidden, intermediate, layers, heads, pairs, head_dim, words = SHAPES[name]
+    return Config(words, hidden, intermediate, layers, heads, pairs, head_dim, 1e-6, 5e6)
+
+
+def our_model(config, master, device):
+    """A model with random weights, each packed as soon as it is made."""
+    with torch.device("meta"):
+        model = Qwen3(config)
+    for name, p in list(model.named_parameters()):
+        value = torch.ones(p.shape, device=device)
+        if p.dim() == 2:
+            value = torch.empty(p.shape, device=device, dtype=torch.bfloat16).normal_(std=0.02)
+            if master != "bf16":
+                value = packed.pack(value, torch.tensor(2.0**-13, device=device), master == "nvfp4x2")
+        checkpoint.set_weight(model, name, value)
+    model.set_compute_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    return model
+
+
+def ours(config, what, device, compiled=None):
+    """A function (ids, checkpointing) -> one step."""
+    master, state = OURS[what]
+    model = our_model(config, master, device)
+    compiled = device == "cuda" if compiled is None else compiled
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64
+        model.compile_parts()
+    optimizer = minifp4.AdamW(
+        model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state, compile=compiled
+    )
+    step = Step(model, optimizer, in_backward=True, graph=device == "cuda")
+
+    def run(ids, checkpointing):
+        model.model.activation_checkpointing = checkpointing
+        return step([(ids, ids)])
+
+    return run
+
+
+def theirs(config, what, device):
+    """The same for a baseline; ImportError if a package is missing."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if "torchao" in what:
+        from torchao.optim import AdamW4bit, AdamW8bit
+    names = [field.name for field in dataclasses.fields(config)][:7]
+    their_config = Qwen3Config(**{name: getattr(config, name) for name in names}, tie_word_embeddings=False)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = Qwen3ForCausalLM._from_config(their_config, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.float32)
+    model.gradient_checkpointing_enable()
+    model.train()
+    if "torchao" in what:
+        kind = AdamW8bit if "8bit" in what else AdamW4bit
+        optimizer = kind(model.parameters(), lr=1e-5, betas=(0.9, 0.95), bf16_stochastic_round=True)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+
+    def run(ids, checkpointing):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def flops(config, batch, tokens, recomputed):
+    """Of the matrix products of a step: 2 a weight and token forward, 4 backward, 2 if recomputed."""
+    c = config
+    block = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    block += 3 * c.hidden_size * c.intermediate_size
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens  # causal: half of 2 * T
+    head = c.vocab_size * c.hidden_size
+    times = 8 if recomputed else 6
+    return batch * tokens * (times * (c.num_hidden_layers * block + attention) + 8 * head)
+
+
+def measure(run, config, batch, tokens, checkpointing, device, peak_rate, steps=5, warm_up=2):
+    """{ms, spread, gib, reserved_gib, tokens_per_second, mfu}"""
+    ids = torch.randint(0, config.vocab_size, (steps + warm_up, batch, tokens), device=device)
+    on_gpu, times = device == "cuda", []
+    for number in range(steps + warm_up):
+        if on_gpu:
+            torch.cuda.synchronize()
+            if number == 1:  # the first step compiles, and tries kernels on copies
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        run(ids[number], checkpointing)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    middle, timed = statistics.median(times[warm_up:]), times[warm_up:]
+    work = flops(config, batch, tokens, checkpointing)
+    return {
+        "ms": middle * 1e3, "spread_ms": (max(timed) - min(timed)) * 1e3, "first_s": times[0],
+        "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
+        "tokens_per_second": batch * tokens / middle, "mfu": work / middle / peak_rate,
+    }  # fmt: skip
+
+
+def matmul_rate(device):
+    """Operations per second of a large bf16 product (fp32 on a CPU)."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(times)
+
+
+def profile(run, ids, checkpointing):
+    """Print the kernels that take most of one step."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run(ids, checkpointing)
+        torch.cuda.synchronize()
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
+    print(f"    all kernels: {sum(row.self_device_time_total for row in rows) / 1e3:.1f} ms")
+    for row in rows[:16]:
+        print(f"    {row.self_device_time_total / 1e3:8.2f} ms {row.count:6} {row.key[:100]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--scaling", action="store_true", help="other sizes and lengths, minifp4 alone")
+    parser.add_argument("--only", action="append", help="measure only names that contain this (repeatable)")
+    parser.add_argument(
+        "--batch", action="append", help="only such a batch: 1x96, 1x2048, 8x2048 (repeatable)"
+    )
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    chosen = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
+    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rate, record = matmul_rate(device), []
+    print(f"{place}, torch {torch.__version__}; large product {rate / 1e12:.1f} TFLOP/s")
+    three = [(1, 96, False), (1, 2048, True), (8, 2048, True)]
+    jobs = [("4B", what, three) for what in ORDER]
+    if chosen.quick:
+        jobs = [("tiny", what, [(1, 16, False), (2, 32, True)]) for what in (*OURS, *THEIRS)]
+    if chosen.scaling:
+        jobs = [(size, next(iter(OURS)), three[:2]) for size in ("0.6B", "1.7B", "8B")]
+        jobs += [("4B", next(iter(OURS)), [(1, tokens, True) for tokens in (512, 2048, 8192, 16384)])]
+    heads = "{:6}{:28}{:>9}{:>9}{:>8}{:>10}{:>8}{:>9}{:>6}{:>7}"
+    print(heads.format("", "", "batch", "ms", "spread", "tokens/s", "GiB", "reserved", "MFU", "1st s"))
+    for size, what, batches in jobs:
+        if chosen.only and not any(word in what for word in chosen.only):
+            continue
+        config = config_of(size)
+        try:
+            run = (ours if what in OURS else theirs)(config, what, device)
+        except ImportError as error:
+            print(f"{size:6}{what:28} not measured: {error}")
+            continue
+        for batch, tokens, checkpointing in batches:
+            shape = f"{batch}x{tokens}"
+            if chosen.batch and shape not in chosen.batch:
+                continue
+            found = measure(run, config, batch, tokens, checkpointing, device, rate)
+            record.append({"size": size, "what": what, "batch": batch, "tokens": tokens, **found})
+            memory = [f"{found[key]:.2f}" if found[key] else "-" for key in ("gib", "reserved_gib")]
+            print(
+                f"{size:6}{what:28}{shape:>9}{found['ms']:9.1f}{found['spread_ms']:8.1f}"
+                f"{found['tokens_per_second']:10,.0f}{memory[0]:>8}{memory[1]:>9}"
+                f"{found['mfu']:6.2f}{found['first_s']:7.1f}",
+                flush=True,
+            )
+            if chosen.profile and device == "cuda":
+                profile(
+                    run, torch.randint(0, config.vocab_size, (batch, tokens), device=device), checkpointing
+                )
+        if chosen.json:  # now, should a later one fail
+            numbers = {"machine": place, "torch": torch.__version__, "matmul": rate, "rows": record}
+            chosen.json.write_text(json.dumps({"command": " ".join(sys.argv), **numbers}, indent=1) + "\n")
+        del run
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""One step, in any order: the same weights bit for bit, and nothing written when something is not finite."""
+
+import pytest
+import torch
+from conftest import small_model
+
+from minifp4 import AdamW, checkpoint
+from minifp4.files import bits
+from minifp4.step import Step
+
+IDS = torch.arange(24).view(2, 12) * 7
+
+
+def stepped(in_backward, steps=3, tied=False, spoil=None, **settings):
+    """(all bits of a small model after `steps` steps, its Step)."""
+    model = small_model(tie_word_embeddings=tied)
+    checkpoint.set_masters(model, "nvfp4x2")
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, state="nvfp4")
+    step = Step(model, optimizer, in_backward=in_backward, **settings)
+    for number in range(steps):
+        if number == spoil:
+            model.model.norm.weight.data[0] = float("nan")
+        step([(IDS + number, IDS + number)])
+        if number == spoil:
+            model.model.norm.weight.data[0] = 1.0
+    kept = [
+        tensor for store in optimizer.stores.values() for part in store for tensor in part.tensors.values()
+    ]
+    return [bits(tensor).clone() for tensor in kept], step
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_step_in_the_backward_pass_gives_the_same_bits(tied):
+    """A tied weight is updated once, when both of its gradients have been added."""
+    plain, _ = stepped(False, tied=tied)
+    hooked, step = stepped(True, tied=tied)
+    assert equal(plain, hooked)
+    sizes = [p.numel() * 4 for p in step.optimizer.parameters.values()]
+    assert step.gradient_bytes == max(sizes)  # fp32 gradients here, one at a time
+    assert all(p.grad is None for p in step.optimizer.parameters.values())
+
+
+def test_after_close_gradients_stay():
+    _, step = stepped(True)
+    step.close()
+    step.model.loss(IDS, IDS).backward()
+    assert all(p.grad is not None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["plain", "in backward"])
+def test_a_step_that_is_not_finite_writes_nothing(in_backward):
+    before, _ = stepped(in_backward, steps=2)
+    after, step = stepped(in_backward, steps=3, spoil=2)
+    different = [x.shape for x, y in zip(before, after) if not torch.equal(x, y)]
+    assert step.skipped == 1 and len(different) <= 1  # the norm that was spoiled and mended by hand
+
+
+def test_selecting_the_learned_tokens_changes_nothing():
+    """A recorded step computes the others too, and ignores them."""
+    model, labels = small_model(), IDS.clone()
+    labels[0, :7] = labels[1, 9:] = -100
+    for kind in ("ce", "scalar"):
+        found = []
+        for select in (True, False):
+            loss = model.loss(IDS, labels, kind, select=select)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            model.zero_grad()
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+
+
+def test_what_cannot_be_had_is_refused():
+    model = small_model()
+    optimizer = AdamW(model.named_parameters())
+    with pytest.raises(ValueError, match="no clipping"):
+        Step(model, optimizer, in_backward=True, grad_clip=1.0)
+    with pytest.raises(ValueError, match="no accumulation"):
+        Step(model, optimizer, in_backward=True)([(IDS, IDS)] * 2)
+
+
+def test_a_large_gradient_is_clipped():
+    plain, _ = stepped(False, grad_clip=0.0, steps=1)
+    clipped, step = stepped(False, grad_clip=1e-3, steps=1)
+    assert not equal(plain, clipped)
+    model = small_model()
+    step = Step(model, AdamW(model.named_parameters()))
+    _, norm = step([(IDS, IDS)])
+    model = small_model()
+    model.loss(IDS, IDS).backward()
+    assert norm.item() == pytest.approx(
+        torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    )
