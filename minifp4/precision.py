@@ -185,14 +185,16 @@ class Blocks:
         """For each row a number that none of the values exceeds by much, [rows, 1]."""
         return parts["row_scale"] * (self.most * E4M3_MAX / 2)
 
+    def of_blocks(self, x, parts):
+        """A number for each row, [rows, 1] -> one for each block of `parts`, [blocks, 1]."""
+        blocks = torch.arange(len(parts["scale"]), dtype=torch.int32, device=x.device)
+        return x.index_select(0, blocks // self.per_row)
+
     def values(self, parts):
-        codes, scales = (
-            parts["qdata"],
-            (parts["scale"], _for_blocks(parts["row_scale"], self.per_row, len(parts["scale"]))),
-        )
+        scales = parts["scale"], self.of_blocks(parts["row_scale"], parts)
         if not self.bits8:
-            return decode(codes, *scales)
-        codes = codes.to(torch.int32)
+            return decode(parts["qdata"], *scales)
+        codes = parts["qdata"].to(torch.int32)
         if self.smallest:
             codes = codes & 0xFF, codes >> 8 & 0xFF
         else:
@@ -201,7 +203,7 @@ class Blocks:
 
     def encoded(self, x, old, bits=None, bound=None):
         row_scale = bound * (2 / (self.most * E4M3_MAX))  # half of E4M3's range is for what exceeds it
-        encode_scale = _for_blocks((1 / row_scale).clamp(max=FP32_MAX), self.per_row, len(old["scale"]))
+        encode_scale = self.of_blocks((1 / row_scale).clamp(max=FP32_MAX), old)
         if self.bits8:
             qdata, scale = self._encode8(x, encode_scale, bits)
         else:
@@ -224,12 +226,6 @@ class Blocks:
 def _flat(x):
     """Codes [rows, K/2] -> [blocks, 8], scales [rows, K/16] -> [blocks, 1]."""
     return x.view(-1, 1 if x.dtype == torch.float8_e4m3fn else BLOCK // 2)
-
-
-def _for_blocks(x, per_row, count):
-    """A number for each row, [rows, 1] -> one for each of `count` blocks, [blocks, 1]."""
-    blocks = torch.arange(count, dtype=torch.int32, device=x.device)
-    return x.index_select(0, blocks // per_row)
 
 
 def write(parts, new, ok=None):

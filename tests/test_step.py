@@ -91,6 +91,5 @@ def test_a_large_gradient_is_clipped():
     _, norm = step([(IDS, IDS)])
     model = small_model()
     model.loss(IDS, IDS).backward()
-    assert norm.item() == pytest.approx(
-        torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    )
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert norm.item() == pytest.approx(whole.norm().item(), rel=1e-4)

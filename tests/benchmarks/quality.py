@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import minifp4
-from minifp4 import chat, checkpoint, optim
+from minifp4 import chat, checkpoint, nvfp4, optim, precision
 from minifp4.model import Config
 from minifp4.packed import bytes_of
 from minifp4.step import Step
@@ -62,8 +62,11 @@ GRID = {
 IN_FIGURE = {name: GRID[name] for name in (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4", "nvfp4 nvfp4, nearest")}
 TUNED = {name: GRID[name] for name in (*IN_FIGURE, "bf16 nvfp4")}
 IDEAS = {  # each alone, from scratch
+    "fp32 fp32, blocks scaled to 6 or 4": {"master": "fp32", "state": "fp32", "four_over_six": True},
+    "bf16 nvfp4": {"master": "bf16", "state": "nvfp4"},
     "bf16 nvfp4, sqrt(v) stochastic": {"master": "bf16", "state": "nvfp4", "stochastic_root": True},
-    "nvfp4 nvfp4, sqrt(v) stochastic": {"master": "nvfp4", "state": "nvfp4", "stochastic_root": True},
+    "bf16 nvfp4, sqrt(v) with three exponent bits": {"master": "bf16", "state": "nvfp4", "wide_root": True},
+    "bf16 nvfp4, m relative to sqrt(v)": {"master": "bf16", "state": "nvfp4", "relative_mean": True},
     "nvfp4 nvfp4, beta2 .99": {"master": "nvfp4", "state": "nvfp4", "beta2": 0.99},
     "nvfp4 nvfp4, head and embedding x2": {
         "master": "nvfp4", "state": "nvfp4", "finer": ("lm_head", "embed"),
@@ -71,9 +74,66 @@ IDEAS = {  # each alone, from scratch
     "nvfp4 nvfp4, head, embedding, last layer x2": {
         "master": "nvfp4", "state": "nvfp4", "finer": ("lm_head", "embed", "last"),
     },
-    "nvfp4 fp32": {"master": "nvfp4", "state": "fp32"},
-    "bf16 fp32": {"master": "bf16", "state": "fp32"},
 }  # fmt: skip
+
+
+def four_over_six(weight, global_scale, dtype):
+    """What a 4-bit product makes of a weight if each block's largest number lands on 6 or on 4, whichever
+    leaves the smaller error: 4 leaves a finer step at the top."""
+    x, tries = weight.float(), []
+    amax = nvfp4.block_amax(nvfp4.in_blocks(nvfp4.halves(x)))
+    for top in (6.0, 4.0):
+        scale = nvfp4.block_scale(amax * (6.0 / top), 1 / global_scale)
+        codes, _ = nvfp4.encode(nvfp4.halves(x), 1 / global_scale, scale=scale)
+        tries.append(nvfp4.decode_rows(codes, scale, global_scale).unflatten(-1, (-1, 16)))
+    errors = [(one - x.unflatten(-1, (-1, 16))).square().sum(-1, keepdim=True) for one in tries]
+    return torch.where(errors[0] <= errors[1], *tries).flatten(-2).to(dtype)
+
+
+class WideRoot(precision.Blocks):
+    """sqrt(v) whose idle sign bit is a third exponent bit: 15 codes from 3/64 to 6 instead of 7 from 1/2."""
+
+    LEVELS = torch.tensor([0, 3 / 64] + [m * 2.0**e for e in range(-4, 3) for m in (1, 1.5)])
+
+    def values(self, parts):
+        codes = parts["qdata"].long()
+        x = [self.LEVELS[code] for code in (codes & 15, codes >> 4)]
+        return nvfp4.scaled(x, parts["scale"], self.of_blocks(parts["row_scale"], parts))
+
+    def encoded(self, x, old, bits=None, bound=None):
+        new = super().encoded(x, old, bits, bound)
+        encode_scale = self.of_blocks(1 / new["row_scale"].clamp(min=1e-30), old)
+        inverse = nvfp4.inverse_scale(new["scale"], encode_scale)
+        between = (self.LEVELS[1:] + self.LEVELS[:-1]) / 2
+        even, odd = (torch.bucketize(half * inverse, between).clamp(1, 15) for half in nvfp4.in_blocks(x))
+        return new | {"qdata": (even | odd << 4).to(torch.uint8).flatten(-2)}
+
+
+def relative_moments(g, m, root, hyper, moments=optim.moments):
+    """`optim.moments` of an m that is stored as m / sqrt(v), whose bound is 1."""
+    if g.shape[-1] == 1:  # bounds, a number for each row
+        return torch.ones_like(g), moments(g, m, root, hyper)[1]
+    m, new = moments(g, m * root, root, hyper)
+    return m / new.clamp(min=1e-30), new
+
+
+def relative_change(w, m, root, hyper, change=optim.change):
+    return change(w, m * root, root, hyper)
+
+
+def try_idea(how, model, optimizer):
+    """What of `IDEAS` takes more than a setting; in a process of its own."""
+    if how.get("stochastic_root"):
+        optim.STOCHASTIC_ROOT = (*optim.STOCHASTIC_ROOT, how["state"])
+    if how.get("relative_mean"):
+        optim.moments, optim.change = relative_moments, relative_change
+    for module in model.modules() if how.get("four_over_six") else ():
+        if hasattr(module, "kernels"):
+            module.kernels = module.kernels._replace(fake_quantize=four_over_six)
+    for name, p in optimizer.parameters.items() if how.get("wide_root") else ():
+        if p.dim() == 2:
+            weight, mean, _ = optimizer.stores[name]
+            optimizer.stores[name] = weight, mean, WideRoot("nvfp4", p.shape, p.device, True)
 
 
 def make_data(size, directory):
@@ -113,8 +173,6 @@ def validate(model, tokens, size):
 def one_kind(job):
     """Train one model for each seed: {seed: {val, start, losses, moved, bytes}}. `job`: see `main`."""
     torch.set_num_threads(job["threads"])
-    if job["how"].get("stochastic_root"):
-        optim.STOCHASTIC_ROOT = (*optim.STOCHASTIC_ROOT, job["how"]["state"])
     return {seed: one_run(job, seed) for seed in range(job["seeds"])}
 
 
@@ -140,6 +198,7 @@ def one_run(job, seed):
         model.named_parameters(), betas=(0.9, how.get("beta2", 0.95)), weight_decay=0.1, state=how["state"],
         rounding=how.get("rounding", "stochastic"), seed=seed,
     )  # fmt: skip
+    try_idea(how, model, optimizer)
     step = Step(model, optimizer, grad_clip=1.0, graph=on_gpu)
     begin, losses = validate(model, val, size), []
     for number in range(job["steps"]):
@@ -271,7 +330,7 @@ def main():
                 return {(name, seed): run for name, job in jobs.items() for seed, run in job.result().items()}
 
             grid = {REFERENCE: GRID[REFERENCE]} if chosen.part == "tune" else GRID
-            grid = IN_FIGURE | IDEAS if chosen.part == "ideas" else grid
+            grid = {REFERENCE: GRID[REFERENCE]} | IDEAS if chosen.part == "ideas" else grid
             scratch = run(grid, domain="a", lr=2e-3, steps=size["steps"])
             record["curves"] = {name: scratch[name, 0]["losses"] for name in grid}
             note("from scratch", scratch)
