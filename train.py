@@ -463,10 +463,11 @@ def test_prompts(settings):
 
 def ask(when, model, tokenizer, prompts, settings, before=None):
     """Print and return the answers to `prompts`; `before`: earlier ones, to say which are the same."""
-    answers = [
-        minifp4.generate(model, tokenizer, prompt, max_new_tokens=settings.test_max_tokens)
-        for prompt in prompts
-    ]
+    with torch.compiler.set_stance("force_eager"):  # every length of text would be compiled for itself
+        answers = [
+            minifp4.generate(model, tokenizer, prompt, max_new_tokens=settings.test_max_tokens)
+            for prompt in prompts
+        ]
     for prompt, answer, old in zip(prompts, answers, before or [None] * len(prompts)):
         shown = answer.replace("\n", "\\n")
         print(f"{when:8}{prompt} → {shown}" + ("   (as before)" if answer == old else ""), flush=True)
