@@ -89,6 +89,9 @@ class Settings:
     )
 
     master_dtype: str = option("nvfp4x2", "precision", "in which the weights are stored", choices=MASTERS)
+    finer_ends: bool = option(
+        False, "precision", "with nvfp4 masters: head, embedding and last layer as nvfp4x2"
+    )
     optimizer_state: str = option("nvfp4", "precision", "in which AdamW's moments are stored", choices=KINDS)
     compute_dtype: str = option(
         None,
@@ -171,6 +174,8 @@ FREE = {
 def main(settings):
     """Train as `settings` say; returns the path of the last checkpoint."""
     check(settings)
+    if settings.finer_ends and settings.master_dtype != "nvfp4":
+        raise ValueError(f"--finer-ends is for --master-dtype nvfp4, not {settings.master_dtype}")
     settings, source = find_start(settings)
     device = choose_device(settings.device)
     memory = Memory(device, settings.memory_limit_gb)
@@ -280,7 +285,7 @@ def choose_weights(model, settings, source, device):
         last_layers=settings.train_last_layers,
     )
     if not source:
-        checkpoint.set_masters(model, settings.master_dtype, device)
+        checkpoint.set_masters(model, settings.master_dtype, device, settings.finer_ends)
     return counts
 
 

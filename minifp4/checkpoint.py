@@ -224,15 +224,19 @@ def choose_trained(model, *, lm_head, embed, last_layers=0):
 
 
 @torch.no_grad()
-def set_masters(model, kind, device=None):
+def set_masters(model, kind, device=None, finer_ends=False):
     """Store the matrices that train as `kind` (of `precision.MASTERS`); frozen ones stay as they are, all
     bits.
 
+    finer_ends: of `nvfp4`, store head, embedding and the last layer as `nvfp4x2`: there rounding noise costs
+    most, and they are a fifth of Qwen3-4B.
     device: move everything there, of the dense matrices only one group at a time, so that a model whose
     packed form fits on a GPU need never be there as a whole.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     left = dict(model.named_parameters())
+    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    ends = "lm_head.", "model.embed_tokens.", last
     for layer in [*model.linears(), model.model.embed_tokens]:
         group = [names[id(other.weight)] for other in layer.group if id(other.weight) in names]
         group = [name for name in group if name in left]
@@ -241,12 +245,11 @@ def set_masters(model, kind, device=None):
         scale = group_scale(layer) if group and kind not in FLOATS else None
         for name in group:
             p = model.get_parameter(name)
-            if p.requires_grad:
-                _replace(
-                    model,
-                    name,
-                    dense(p).to(FLOATS[kind]) if kind in FLOATS else pack(p, scale, kind == "nvfp4x2"),
-                )
+            if not p.requires_grad:
+                continue
+            finer = kind == "nvfp4x2" or finer_ends and name.startswith(ends)
+            value = dense(p).to(FLOATS[kind]) if kind in FLOATS else pack(p, scale, finer)
+            _replace(model, name, value)
     for name, p in left.items():  # norms
         _replace(model, name, p.to(device))
     model.set_compute_dtype(model.model.compute_dtype)

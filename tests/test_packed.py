@@ -176,6 +176,16 @@ def test_training_a_packed_model_and_exporting_its_codes(tmp_path, tsv, kind, ti
             assert torch.equal(tensors[name].float(), p.decode())
 
 
+def test_finer_ends_are_head_embedding_and_last_layer(tmp_path, tsv):
+    directory = small_directory(tmp_path / "model", small_model())
+    flags = dict(model=str(directory), train_data=str(tsv), steps=1, train_embed=True, train_lm_head=True)
+    path = train(**flags, master_dtype="nvfp4", finer_ends=True, out=str(tmp_path / "out"))
+    model, _ = minifp4.load(path)
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    finer = {name for name, p in matrices.items() if hasattr(p, "more")}
+    assert finer == {name for name in matrices if "layers.0." not in name} and len(finer) == 9
+
+
 def test_one_gradient_for_the_two_uses_of_a_tied_weight():
     """A packed tied weight collects the gradient that a dense one with the same values does."""
     models = [small_model(tie_word_embeddings=True) for _ in range(2)]

@@ -68,12 +68,8 @@ IDEAS = {  # each alone, from scratch
     "bf16 nvfp4, sqrt(v) with three exponent bits": {"master": "bf16", "state": "nvfp4", "wide_root": True},
     "bf16 nvfp4, m relative to sqrt(v)": {"master": "bf16", "state": "nvfp4", "relative_mean": True},
     "nvfp4 nvfp4, beta2 .99": {"master": "nvfp4", "state": "nvfp4", "beta2": 0.99},
-    "nvfp4 nvfp4, head and embedding x2": {
-        "master": "nvfp4", "state": "nvfp4", "finer": ("lm_head", "embed"),
-    },
-    "nvfp4 nvfp4, head, embedding, last layer x2": {
-        "master": "nvfp4", "state": "nvfp4", "finer": ("lm_head", "embed", "last"),
-    },
+    "nvfp4 nvfp4": {"master": "nvfp4", "state": "nvfp4"},
+    "nvfp4 nvfp4, head, embedding, last layer x2": {"master": "nvfp4", "state": "nvfp4", "finer_ends": True},
 }  # fmt: skip
 
 
@@ -190,7 +186,7 @@ def one_run(job, seed):
     base = directory / f"base{seed}.pt"
     if job["domain"] == "b":
         model.load_state_dict(torch.load(base, map_location=device, weights_only=True))
-    masters(model, how)
+    checkpoint.set_masters(model, how["master"], finer_ends=how.get("finer_ends", False))
     if on_gpu:
         torch._dynamo.config.recompile_limit = 64
         model.compile_parts()
@@ -215,20 +211,6 @@ def one_run(job, seed):
         "moved": optimizer.moved(),
         "bytes": sum(map(bytes_of, matrices)) / sum(p.numel() for p in matrices),
     }
-
-
-def masters(model, how):
-    """Store the weights as `how` says; `finer` names matrices that get nvfp4x2 instead."""
-    finer, last = how.get("finer", ()), f"layers.{model.config.num_hidden_layers - 1}."
-    if finer:
-        for name, p in model.named_parameters():
-            p.requires_grad = any(word in name for word in finer) or ("last" in finer and last in name)
-        checkpoint.set_masters(model, "nvfp4x2")
-        for p in model.parameters():
-            p.requires_grad = not hasattr(p, "qdata")
-    checkpoint.set_masters(model, how["master"])
-    for p in model.parameters():
-        p.requires_grad = True
 
 
 def table(title, runs, seeds):
