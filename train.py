@@ -174,10 +174,9 @@ FREE = {
 def main(settings):
     """Train as `settings` say; returns the path of the last checkpoint."""
     check(settings)
-    if settings.finer_ends and settings.master_dtype != "nvfp4":
-        raise ValueError(f"--finer-ends is for --master-dtype nvfp4, not {settings.master_dtype}")
     settings, source = find_start(settings)
     device = choose_device(settings.device)
+    check_together(settings, device)
     memory = Memory(device, settings.memory_limit_gb)
     with memory.phase("load"):
         model, tokenizer = prepare_model(settings, source, device)
@@ -238,6 +237,25 @@ def find_start(settings):
             f"{source} is at step {record['step']} already; give a larger --steps, not {new.steps}"
         )
     return new, source
+
+
+def check_together(settings, device):
+    """Raise ValueError for settings that exclude each other, before anything is loaded."""
+    if settings.finer_ends and settings.master_dtype != "nvfp4":
+        raise ValueError(f"--finer-ends is for --master-dtype nvfp4, not {settings.master_dtype}")
+    if settings.step_in_backward and settings.grad_accum > 1:
+        raise ValueError(
+            "--step-in-backward updates a weight as soon as it has a gradient: it cannot wait for the other "
+            f"parts of --grad-accum {settings.grad_accum}"
+        )
+    if settings.step_in_backward and settings.grad_clip:
+        raise ValueError(
+            f"--grad-clip {settings.grad_clip:g} needs the norm of all gradients, and with "
+            "--step-in-backward they never exist at once; leave it out (each update is limited to 5 times "
+            "--lr anyway)"
+        )
+    if settings.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda-graph: the device is {device}, and only CUDA has graphs")
 
 
 def digest(settings):
@@ -306,20 +324,7 @@ def make_optimizer(model, settings):
 def make_step(model, optimizer, settings, memory):
     """The `Step` of this run, and what makes it fast on this device."""
     on_cuda, clip = model.device.type == "cuda", settings.grad_clip
-    if settings.step_in_backward and settings.grad_accum > 1:
-        raise ValueError(
-            "--step-in-backward updates a weight as soon as it has a gradient: it cannot wait for the other "
-            f"parts of --grad-accum {settings.grad_accum}"
-        )
-    if settings.step_in_backward and clip:
-        raise ValueError(
-            f"--grad-clip {clip:g} needs the norm of all gradients, and with --step-in-backward they never "
-            "exist at once; leave it out (each update is limited to 5 times --lr anyway)"
-        )
-    if settings.cuda_graph and not on_cuda:
-        raise ValueError(f"--cuda-graph: the device is {model.device}, and only CUDA has graphs")
     if on_cuda if settings.compile is None else settings.compile:
-        torch._dynamo.config.recompile_limit = 64  # one graph for each shape of a weight
         model.compile_parts()
     return Step(
         model, optimizer, kind=settings.loss, in_backward=settings.step_in_backward, memory=memory,

@@ -177,7 +177,7 @@ def set_weight(model, name, value):
     module = model.get_submodule(name.removesuffix(".weight"))
     tied = module is model.model.embed_tokens and model.config.tie_word_embeddings
     module.weight = nn.Parameter(value)
-    for other in module.group if hasattr(module, "group") else ():
+    for other in getattr(module, "group", ()):
         other.kept_scale = None
     if tied:
         model.lm_head.weight = module.weight
@@ -233,13 +233,12 @@ def set_masters(model, kind, device=None, finer_ends=False):
     device: move everything there, of the dense matrices only one group at a time, so that a model whose
     packed form fits on a GPU need never be there as a whole.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
     left = dict(model.named_parameters())
     last = f"model.layers.{model.config.num_hidden_layers - 1}."
     ends = "lm_head.", "model.embed_tokens.", last
     for layer in [*model.linears(), model.model.embed_tokens]:
-        group = [names[id(other.weight)] for other in layer.group if id(other.weight) in names]
-        group = [name for name in group if name in left]
+        group = [names[other] for other in layer.group if names[other] in left]
         for name in group:
             _replace(model, name, left.pop(name).to(device))
         scale = group_scale(layer) if group and kind not in FLOATS else None

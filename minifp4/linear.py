@@ -24,13 +24,11 @@ from torch import nn
 
 from .nvfp4 import (
     BLOCK,
-    NVFP4,
     any_length,
     decode_rows,
     dequantize,
-    encode,
     fake_quantize,
-    halves,
+    fake_quantize_rows,
     quantize,
     row_slices,
     weight_global_scale,
@@ -141,7 +139,7 @@ def weight_value(weight, global_scale, dtype, rows=slice(None), kernels=None):
     `dtype`."""
     kernels = kernels or EAGER
     if isinstance(weight, Packed):
-        return kernels.dequantize(NVFP4(weight.qdata[rows], weight.scale[rows], weight.global_scale), dtype)
+        return kernels.dequantize(weight.nvfp4(rows), dtype)
     if global_scale is None:
         return weight.detach()[rows].to(dtype)
     return kernels.fake_quantize(weight.detach()[rows], global_scale, dtype)
@@ -272,7 +270,7 @@ def _decode_blocks(qdata, scale, global_scale, dtype):
 
 
 def _fake_blocks(weight, global_scale, dtype):
-    return decode_rows(*encode(halves(weight.float()), 1 / global_scale), global_scale).to(dtype)
+    return fake_quantize_rows(weight, global_scale).to(dtype)
 
 
 EAGER = Kernels(dequantize, fake_quantize, refit, _log_sum, _dlogits)

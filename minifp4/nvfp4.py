@@ -126,8 +126,13 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     matrix, into = as_matrix(x.detach()), as_matrix(values)
     for rows in row_chunks(matrix):
-        into[rows] = decode_rows(*encode(halves(matrix[rows].float()), 1 / global_scale), global_scale)
+        into[rows] = fake_quantize_rows(matrix[rows], global_scale)
     return values
+
+
+def fake_quantize_rows(x, global_scale):
+    """The same in one piece, fp32."""
+    return decode_rows(*encode(halves(x.float()), 1 / global_scale), global_scale)
 
 
 def any_length(*tensors):

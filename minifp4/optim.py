@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import any_length, limited, magnitude_bits, row_slices
+from .nvfp4 import any_length, limited, magnitude_bits, row_chunks
 from .precision import (
     Blocks,
     counter_bits,
@@ -50,7 +50,6 @@ MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above a
 ONE_KERNEL = {  # options of the compiler: by default it splits `update`, and tries few sizes of thread blocks
     "max_fusion_size": 512, "coordinate_descent_tuning": True,
 }  # fmt: skip
-PIECE = {"cpu": 2**18, "cuda": 2**24}  # numbers updated at once by code that is not compiled
 
 
 class Hyper(NamedTuple):
@@ -269,10 +268,7 @@ class AdamW:
 
     def _pieces(self, grad):
         """The rows to compute at once: all in compiled code, else what temporaries stay small for."""
-        rows = self.chunk_rows or (
-            len(grad) if self.compiled else max(1, PIECE[grad.device.type] // grad.shape[1])
-        )
-        return row_slices(len(grad), rows)
+        return row_chunks(grad, self.chunk_rows or (len(grad) if self.compiled else 0))
 
     def zero_grad(self):
         for p in self.parameters.values():

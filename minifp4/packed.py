@@ -42,6 +42,7 @@ from .nvfp4 import (
     block_amax,
     block_scale,
     decode,
+    decode_rows,
     dequantize,
     encode,
     halves,
@@ -86,12 +87,13 @@ class Packed(torch.Tensor):
         names = (*NVFP4._fields, "more")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
-    def nvfp4(self):
-        return NVFP4(self.qdata, self.scale, self.global_scale)
+    def nvfp4(self, rows=slice(None)):
+        """The codes of some rows (a slice, or row numbers [N]) that products read."""
+        return NVFP4(self.qdata[rows], self.scale[rows], self.global_scale)
 
     def decode(self, rows=slice(None)):
-        """The values of some rows (a slice, or row numbers [N]) as products read them, fp32 [rows, in]."""
-        return dequantize(NVFP4(self.qdata[rows], self.scale[rows], self.global_scale))
+        """The values of such rows as products read them, fp32 [rows, in]."""
+        return dequantize(self.nvfp4(rows))
 
     def exact(self, rows=slice(None)):
         """The values of some rows as they are stored, fp32 [rows, in]."""
@@ -247,7 +249,7 @@ def _codes_of_values(x, global_scale):
         tried = block_scale(amax * (E2M1_MAX / top), encode_scale)
         scale = tried if scale is None else torch.where(right, scale.float(), tried.float()).to(tried.dtype)
         codes, _ = encode(halves(x), encode_scale, scale=scale)
-        values = joined(*decode(codes, scale, global_scale))
+        values = decode_rows(codes, scale, global_scale)
         right = (values.unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
     return codes, scale, bool(right.all())
 

@@ -129,7 +129,7 @@ def paired(even, odd):
 
 
 class PackedMaster:
-    """A `Packed` parameter: `nvfp4`, or `nvfp4x2` if it has a residual."""
+    """A `Packed` parameter: `nvfp4`, or `nvfp4x2` if it has further bits."""
 
     rounds = True
 

@@ -89,7 +89,7 @@ class Step:
             self._ok = loss.detach().isfinite()
             with self.phase("backward"):
                 loss.backward()
-                self._count_gradients()
+                self._count_gradients(self.optimizer.parameters.values())
         if not self.in_backward:
             with self.phase("step"):
                 norm = self.optimizer.grad_norm()
@@ -102,13 +102,12 @@ class Step:
         return total, norm
 
     def _hook(self, name, p):
-        self._count_gradients()
+        self._count_gradients([p])  # the others have been dropped, or are still to come
         self.optimizer.update(name, p, self._ok)
         p.grad = None
 
-    def _count_gradients(self):
-        grads = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
-        now = sum(grad.numel() * grad.element_size() for grad in grads)
+    def _count_gradients(self, parameters):
+        now = sum(p.grad.nbytes for p in parameters if p.grad is not None)
         self.gradient_bytes = max(self.gradient_bytes, now)
 
     def _record(self, shape, batch):

@@ -11,12 +11,14 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import place, seconds
+
 import minifp4
 from minifp4 import nvfp4
 from minifp4.linear import compiled_kernels
@@ -58,21 +60,6 @@ def differences(rows, columns, devices):
     return found, [expected[0].numel(), expected[1].numel(), x.numel()]
 
 
-def median_ms(function, device, repeats=20):
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), max(times) - min(times)
-
-
 def speed(rows, columns, device):
     """{what: (median ms, spread ms, GB/s of needed bytes)}"""
     x = data("normal", rows, columns).to(device, torch.bfloat16)
@@ -98,7 +85,8 @@ def speed(rows, columns, device):
         print("torchao is not installed: not compared")
     found = {}
     for name, (function, size) in ways.items():
-        middle, spread = median_ms(function, device)
+        times = [1e3 * time for time in seconds(function, device, 20)]
+        middle, spread = statistics.median(times), max(times) - min(times)
         found[name] = (middle, spread, size / middle / 1e6)
     return found
 
@@ -111,8 +99,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    place = torch.cuda.get_device_name() if len(devices) > 1 else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{place}, torch {torch.__version__}")
+    print(f"{place(devices[-1])}, torch {torch.__version__}")
     found, sizes = differences(256 if arguments.quick else 4096, 1024, devices)
     print(
         f"\nbytes that differ from eager CPU (codes of {sizes[0]}, scales of {sizes[1]}), "
@@ -126,7 +113,12 @@ def main():
     for name, (middle, spread, rate) in times.items():
         print(f"  {name:30} {middle:9.3f} {spread:9.3f} {rate:9.1f}")
     if arguments.json:
-        record = {"machine": place, "torch": torch.__version__, "differences": found, "times": times}
+        record = {
+            "machine": place(devices[-1]),
+            "torch": torch.__version__,
+            "differences": found,
+            "times": times,
+        }
         arguments.json.write_text(json.dumps(record, indent=1))
 
 

@@ -12,13 +12,13 @@ import collections
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
+from timing import place, seconds
 from train_step import config_of
 
 import minifp4
@@ -37,16 +37,7 @@ def shapes_of(config):
 
 
 def median_ms(function, device):
-    times = []
-    for _ in range(13):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[3:])
+    return statistics.median(seconds(function, device, 10)) * 1e3
 
 
 def ours(shape, kind, device):
@@ -99,13 +90,12 @@ def main():
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
-    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     shapes, rows = shapes_of(config_of("tiny" if chosen.quick else chosen.size)), {}
     total = sum(rows * columns * count for (rows, columns), count in shapes.items())
     source = torch.randn(2**26 if device == "cuda" else 2**22, device=device)
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e9
-    print(f"{place}, torch {torch.__version__}; {total / 1e6:,.1f} M weights; copy {rate:.3f} TB/s")
+    print(f"{place(device)}, torch {torch.__version__}; {total / 1e6:,.1f} M weights; copy {rate:.3f} TB/s")
     print(f"{'':28}{'ms':>10}{'TB/s':>8}")
     for what in (*KINDS, *THEIRS):
         name, ms, size = f"minifp4 {' + '.join(what)}" if what in KINDS else what, 0.0, 0
@@ -119,7 +109,13 @@ def main():
         rows[name] = {"ms": ms, "tb_per_second": size / ms / 1e9}
         print(f"{name:28}{ms:10.1f}{size / ms / 1e9:8.3f}", flush=True)
     if chosen.json:
-        record = {"machine": place, "torch": torch.__version__, "weights": total, "copy": rate, "rows": rows}
+        record = {
+            "machine": place(device),
+            "torch": torch.__version__,
+            "weights": total,
+            "copy": rate,
+            "rows": rows,
+        }
         chosen.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -188,7 +188,6 @@ def one_run(job, seed):
         model.load_state_dict(torch.load(base, map_location=device, weights_only=True))
     checkpoint.set_masters(model, how["master"], finer_ends=how.get("finer_ends", False))
     if on_gpu:
-        torch._dynamo.config.recompile_limit = 64
         model.compile_parts()
     optimizer = minifp4.AdamW(
         model.named_parameters(), betas=(0.9, how.get("beta2", 0.95)), weight_decay=0.1, state=how["state"],

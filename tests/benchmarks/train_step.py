@@ -23,6 +23,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import place, seconds
+
 import minifp4
 from minifp4 import checkpoint, packed
 from minifp4.model import Config, Qwen3
@@ -63,17 +66,13 @@ def our_model(config, master, device):
     return model
 
 
-def ours(config, what, device, compiled=None):
+def ours(config, what, device):
     """A function (ids, checkpointing) -> one step."""
     master, state = OURS[what]
     model = our_model(config, master, device)
-    compiled = device == "cuda" if compiled is None else compiled
-    if compiled:
-        torch._dynamo.config.recompile_limit = 64
+    if device == "cuda":
         model.compile_parts()
-    optimizer = minifp4.AdamW(
-        model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state, compile=compiled
-    )
+    optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state)
     step = Step(model, optimizer, in_backward=True, graph=device == "cuda")
 
     def run(ids, checkpointing):
@@ -151,14 +150,7 @@ def matmul_rate(device):
     """Operations per second of a large bf16 product (fp32 on a CPU)."""
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(times)
+    return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device, 10))
 
 
 def profile(run, ids, checkpointing):
@@ -188,13 +180,12 @@ def main():
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
-    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rate, record = matmul_rate(device), []
-    print(f"{place}, torch {torch.__version__}; large product {rate / 1e12:.1f} TFLOP/s")
+    print(f"{place(device)}, torch {torch.__version__}; large product {rate / 1e12:.1f} TFLOP/s")
     three = [(1, 96, False), (1, 2048, True), (8, 2048, True)]
     jobs = [("4B", what, three) for what in ORDER]
     if chosen.quick:
-        jobs = [("tiny", what, [(1, 16, False), (2, 32, True)]) for what in (*OURS, *THEIRS)]
+        jobs = [("tiny", what, [(1, 16, False), (2, 32, True)]) for what in ORDER]
     if chosen.scaling:
         jobs = [(size, next(iter(OURS)), three[:2]) for size in ("0.6B", "1.7B", "8B")]
         jobs += [("4B", next(iter(OURS)), [(1, tokens, True) for tokens in (512, 2048, 8192, 16384)])]
@@ -227,7 +218,7 @@ def main():
                     run, torch.randint(0, config.vocab_size, (batch, tokens), device=device), checkpointing
                 )
         if chosen.json:  # now, should a later one fail
-            numbers = {"machine": place, "torch": torch.__version__, "matmul": rate, "rows": record}
+            numbers = {"machine": place(device), "torch": torch.__version__, "matmul": rate, "rows": record}
             chosen.json.write_text(json.dumps({"command": " ".join(sys.argv), **numbers}, indent=1) + "\n")
         del run
         gc.collect()
