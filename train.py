@@ -122,6 +122,13 @@ class Settings:
     activation_checkpointing: bool = option(
         False, "memory and speed", "keep one activation a layer, compute the others again"
     )
+    keep_activations: int = option(
+        0,
+        "memory and speed",
+        "with --activation-checkpointing: keep all activations of the last N layers, if there is memory left",
+        metavar="N",
+        least=0,
+    )
     compile: bool = option(
         None, "memory and speed", "let torch.compile join small operations; default: on CUDA"
     )
@@ -165,8 +172,8 @@ class Settings:
 
 # What may differ when a run goes on: nothing here changes what is computed.
 FREE = {
-    "steps", "step_chunk_rows", "activation_checkpointing", "compile", "cuda_graph", "memory_limit_gb",
-    "memory_report", "device", "out", "output_dat", "save_every",
+    "steps", "step_chunk_rows", "activation_checkpointing", "keep_activations", "compile", "cuda_graph",
+    "memory_limit_gb", "memory_report", "device", "out", "output_dat", "save_every",
     "keep", "resume", "log_every", "test_prompt", "test_max_tokens",
 }  # fmt: skip
 
@@ -254,6 +261,11 @@ def check_together(settings, device):
             "--step-in-backward they never exist at once; leave it out (each update is limited to 5 times "
             "--lr anyway)"
         )
+    if settings.keep_activations and not settings.activation_checkpointing:
+        raise ValueError(
+            f"--keep-activations {settings.keep_activations} is for --activation-checkpointing: without it "
+            "all layers keep theirs"
+        )
     if settings.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: the device is {device}, and only CUDA has graphs")
 
@@ -284,6 +296,7 @@ def prepare_model(settings, source, device):
     dtype = settings.compute_dtype and FLOATS[settings.compute_dtype]
     model.set_compute_dtype(dtype or checkpoint.default_compute_dtype(device))
     model.model.activation_checkpointing = settings.activation_checkpointing
+    model.model.keep_activations = settings.keep_activations
     return model, tokenizer
 
 

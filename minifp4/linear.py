@@ -37,7 +37,7 @@ from .packed import Packed, dense, refit, refit_parts
 
 IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
 WORDS = 16384  # of the vocabulary that `cross_entropy` looks at at once
-LOGITS = 2**24  # numbers in its largest piece of logits: 64 MiB in fp32
+LOGITS = 2**25  # numbers in its largest piece of logits: 64 MiB in bf16
 
 
 class Kernels(NamedTuple):
@@ -56,6 +56,7 @@ class Linear(nn.Module):
     group: the layers that a server fuses with this one (q/k/v, gate/up); they share one global scale.
     kept_scale: the group's scale of dense weights since the last `refit_global_scales`, else None.
     decoded: what the product reads, kept while weights do not change (`Qwen3.decoded`), else None.
+    unread: nobody reads the product now, only its derivatives are wanted (`model.Recomputation`).
     """
 
     def __init__(self, in_features, out_features):
@@ -63,6 +64,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("kept_scale", None, persistent=False)
         self.quantized, self.group, self.decoded, self.kernels = False, [self], None, EAGER
+        self.unread = False
 
     def global_scale(self):
         """The fp32 [] scale of the group's weights; None if the product reads the weight as it is stored."""
@@ -83,7 +85,7 @@ class Linear(nn.Module):
     def forward(self, x):
         if self.decoded is not None:
             return F.linear(x, self.decoded)
-        return _MatrixProduct.apply(x, self.weight, self.global_scale(), self.kernels)
+        return _MatrixProduct.apply(x, self.weight, self.global_scale(), self.kernels, self.unread)
 
 
 class Embedding(nn.Module):
@@ -147,9 +149,11 @@ def weight_value(weight, global_scale, dtype, rows=slice(None), kernels=None):
 
 class _MatrixProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, global_scale, kernels):
+    def forward(ctx, x, weight, global_scale, kernels, unread):
         ctx.save_for_backward(x, weight)
         ctx.global_scale, ctx.kernels = global_scale, kernels
+        if unread:
+            return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
         return F.linear(x, weight_value(weight, global_scale, x.dtype, kernels=kernels))
 
     @staticmethod
@@ -160,7 +164,7 @@ class _MatrixProduct(torch.autograd.Function):
             dx = dy @ weight_value(weight, ctx.global_scale, dy.dtype, kernels=ctx.kernels)
         if ctx.needs_input_grad[1]:
             dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-        return dx, dweight, None, None
+        return dx, dweight, None, None, None
 
 
 class _LookUp(torch.autograd.Function):
@@ -207,18 +211,18 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         hidden, weight, targets, total, share = ctx.saved_tensors
-        dhidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = hidden.new_zeros(weight.shape) if ctx.needs_input_grad[1] else None
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dweight = hidden.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
         dtoken = dloss * share
         for tokens, words, w4 in _pieces(hidden, weight, ctx.global_scale, ctx.kernels):
             logits = hidden[tokens] @ w4.T
             dlogits = ctx.kernels.dlogits(
                 logits, targets[tokens] - words.start, total[tokens], dtoken[tokens]
             )
-            if dhidden is not None:
-                dhidden[tokens] += dlogits @ w4
+            if dhidden is not None:  # beta 0: the first piece overwrites what was there
+                dhidden[tokens].addmm_(dlogits, w4, beta=float(words.start > 0))
             if dweight is not None:
-                dweight[words].addmm_(dlogits.T, hidden[tokens])
+                dweight[words].addmm_(dlogits.T, hidden[tokens], beta=float(tokens.start > 0))
         return dhidden, dweight, None, None, None
 
 
@@ -226,7 +230,7 @@ def _pieces(hidden, weight, global_scale, kernels):
     """(slice of the tokens, slice of the vocabulary, that part of the weight) for all pairs of them."""
     for words in row_slices(len(weight), WORDS):
         w4 = weight_value(weight, global_scale, hidden.dtype, words, kernels)
-        for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))):
+        for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))) or [slice(0, 0)]:
             yield tokens, words, w4
 
 

@@ -117,6 +117,7 @@ def test_flags_that_change_the_weights(result, flag):
     [
         {"step_chunk_rows": 7},
         {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "keep_activations": 1},
         {"log_every": 2},
         {"step_in_backward": True},
     ],
@@ -254,6 +255,7 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         ),
         (["train.py", "--step-in-backward", "--grad-accum", "2"], "other parts of --grad-accum 2"),
         (["train.py", "--device", "cpu", "--cuda-graph"], "only CUDA has graphs"),
+        (["train.py", "--keep-activations", "2"], "--keep-activations 2 is for --activation-checkpointing"),
         (["train.py", "--finer-ends"], "--finer-ends is for --master-dtype nvfp4, not nvfp4x2"),
         (["train.py", "--memory-limit-gb", "0"], "--memory-limit-gb must be at least 0.001, got 0.0"),
         (["train.py", "--device", "cuda:9"], "--device cuda:9"),

@@ -132,7 +132,7 @@ def test_tied_weight_is_read_as_one_value_and_collects_both_gradients():
     assert torch.allclose(weight.grad, both, atol=1e-6)
 
 
-@pytest.mark.parametrize("words, logits", [(16384, 2**24), (300, 2**24), (300, 2000), (1, 1)])
+@pytest.mark.parametrize("words, logits", [(16384, 2**25), (300, 2**25), (300, 2000), (1, 1)])
 def test_cross_entropy_in_pieces(words, logits, monkeypatch):
     """Any slicing of vocabulary and tokens gives torch's loss and gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -150,14 +150,30 @@ def test_cross_entropy_in_pieces(words, logits, monkeypatch):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
-    ids = ids_of(2, 9)
-    models = [small_model(), small_model()]
-    models[1].model.activation_checkpointing = True
-    for model in models:
+def test_no_token_to_learn_has_no_gradient():
+    model = small_model()
+    model.loss(ids_of(1, 6), torch.full((1, 6), linear.IGNORE)).backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5])
+def test_activation_checkpointing_gives_the_same_gradients(kept, monkeypatch):
+    """A layer that is computed again does its products again, but for the last, which nobody reads."""
+    ids, products = ids_of(2, 9), []
+    monkeypatch.setattr(
+        linear,
+        "weight_value",
+        lambda *args, old=linear.weight_value, **how: products.append(1) or old(*args, **how),
+    )
+    model, found = small_model(), []
+    model.model.keep_activations = kept
+    for model.model.activation_checkpointing in (False, True):
+        products.clear()
         model.loss(ids, ids).backward()
-    for a, b in zip(models[0].parameters(), models[1].parameters()):
-        assert torch.equal(a.grad, b.grad)
+        found.append((len(products), [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    assert found[1][0] - found[0][0] == 6 * max(0, len(model.model.layers) - kept)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
 
 
 def test_scalar_loss_leaves_the_head_alone():
