@@ -246,7 +246,13 @@ class AdamW:
 
     def _survey_of(self, p):
         grad = _matrix(p.grad)
-        return self._survey(pairs(grad), self.squares, grad.dtype)
+        if self.compiled:
+            return self._survey(pairs(grad), self.squares, grad.dtype)
+        pieces = [
+            grad[rows] for rows in row_chunks(grad)
+        ]  # not --step-chunk-rows: the sum's bits depend on it
+        largest, squares = zip(*(survey(pairs(piece), self.squares, grad.dtype) for piece in pieces))
+        return torch.cat(largest), sum(squares)
 
     @torch.no_grad()
     def update(self, name, p, ok=None):

@@ -15,6 +15,10 @@ thousands of kernels. So the second step with a batch of some shape is recorded,
 launch that replays it. Whatever differs from step to step therefore lies in tensors: the batch, and the
 optimizer's numbers (`AdamW.begin`). Nothing is read back: a step whose loss or gradient is not finite
 discards its own writes.
+
+In a recorded step with `in_backward` the updates run beside the backward pass, on a stream of lower priority:
+an update computes much and a matrix product leaves parts of the GPU idle, at its end or all the time if it is
+small. A gradient then lives until its update is over, so a few may wait (`BEHIND`).
 """
 
 import contextlib
@@ -23,6 +27,7 @@ import torch
 
 from .linear import IGNORE
 
+BEHIND = 2**27  # bytes of gradients that may wait for their update in a recorded step
 GRAPHS = 8  # shapes of batches that are recorded; others run kernel by kernel
 SMALL = 2**16  # tokens; the kernels of a larger batch take longer than launching them
 
@@ -51,6 +56,7 @@ class Step:
         self.gradient_bytes = 0  # most that existed at once
         self._seen, self._recorded, self._pool = set(), {}, None
         self._hooks = []
+        self._beside, self._waiting = None, []  # the stream of updates; [(event after it, gradient)]
         if in_backward:
             for name, p in optimizer.parameters.items():
                 self._hooks.append(
@@ -90,6 +96,7 @@ class Step:
             with self.phase("backward"):
                 loss.backward()
                 self._count_gradients(self.optimizer.parameters.values())
+                self._let_finish(0)
         if not self.in_backward:
             with self.phase("step"):
                 norm = self.optimizer.grad_norm()
@@ -103,11 +110,25 @@ class Step:
 
     def _hook(self, name, p):
         self._count_gradients([p])  # the others have been dropped, or are still to come
-        self.optimizer.update(name, p, self._ok)
+        if self._beside is None:
+            self.optimizer.update(name, p, self._ok)
+        else:
+            self._beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._beside):
+                self.optimizer.update(name, p, self._ok)
+            self._waiting.append((self._beside.record_event(), p.grad))
+            self._let_finish(BEHIND)
         p.grad = None
+
+    def _let_finish(self, size):
+        """Drop the oldest waiting gradients until `size` bytes are left, each when its update is over."""
+        while sum(gradient.nbytes for _, gradient in self._waiting) > size:
+            event, _ = self._waiting.pop(0)
+            torch.cuda.current_stream().wait_event(event)
 
     def _count_gradients(self, parameters):
         now = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        now += sum(gradient.nbytes for _, gradient in self._waiting)
         self.gradient_bytes = max(self.gradient_bytes, now)
 
     def _record(self, shape, batch):
@@ -115,10 +136,10 @@ class Step:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the recorded step allocates is its own
         inputs = [tensor.clone() for tensor in batch]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        graph, self._beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(priority=-1)):
             outputs = self._run([inputs])
-        self._pool = graph.pool()
+        self._pool, self._beside = graph.pool(), None
         self._recorded[shape] = graph, inputs, outputs
 
     def _replay(self, shape, batch):

@@ -11,22 +11,34 @@ from minifp4.step import Step
 IDS = torch.arange(24).view(2, 12) * 7
 
 
-def stepped(in_backward, steps=3, tied=False, spoil=None, **settings):
-    """(all bits of a small model after `steps` steps, its Step)."""
+def prepared(tied=False, device="cpu"):
+    """A small model and its optimizer."""
     model = small_model(tie_word_embeddings=tied)
-    checkpoint.set_masters(model, "nvfp4x2")
-    optimizer = AdamW(model.named_parameters(), lr=1e-2, state="nvfp4")
+    checkpoint.set_masters(model, "nvfp4x2", torch.device(device))
+    if device == "cuda":
+        model.compile_parts()
+    return model, AdamW(model.named_parameters(), lr=1e-2, state="nvfp4")
+
+
+def kept(optimizer):
+    """All tensors that a step changes."""
+    return [
+        tensor for stores in optimizer.stores.values() for part in stores for tensor in part.tensors.values()
+    ]
+
+
+def stepped(in_backward, steps=3, spoil=None, start=None, tied=False, **settings):
+    """(all bits of a small model after `steps` steps, its Step)."""
+    model, optimizer = start or prepared(tied)
     step = Step(model, optimizer, in_backward=in_backward, **settings)
     for number in range(steps):
         if number == spoil:
             model.model.norm.weight.data[0] = float("nan")
-        step([(IDS + number, IDS + number)])
+        ids = (IDS + number).to(model.device)
+        step([(ids, ids)])
         if number == spoil:
             model.model.norm.weight.data[0] = 1.0
-    kept = [
-        tensor for store in optimizer.stores.values() for part in store for tensor in part.tensors.values()
-    ]
-    return [bits(tensor).clone() for tensor in kept], step
+    return [bits(tensor).clone() for tensor in kept(optimizer)], step
 
 
 def equal(a, b):
@@ -42,6 +54,25 @@ def test_a_step_in_the_backward_pass_gives_the_same_bits(tied):
     sizes = [p.numel() * 4 for p in step.optimizer.parameters.values()]
     assert step.gradient_bytes == max(sizes)  # fp32 gradients here, one at a time
     assert all(p.grad is None for p in step.optimizer.parameters.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("in_backward", [False, True], ids=["plain", "in backward"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_recorded_step_gives_the_same_bits(in_backward, tied):
+    """Also when updates run beside the backward pass; from the second step on a graph is replayed.
+
+    Both runs use the same compiled kernels: two compilations may sum a norm in different orders.
+    """
+    model, optimizer = start = prepared(tied, "cuda")
+    before = [tensor.clone() for tensor in kept(optimizer)]
+    eager, step = stepped(in_backward, start=start)
+    step.close()
+    optimizer.steps = 0
+    for tensor, old in zip(kept(optimizer), before):
+        tensor.copy_(old)
+    recorded, step = stepped(in_backward, start=start, steps=3, graph=True)
+    assert len(step._recorded) == 1 and equal(eager, recorded)
 
 
 def test_after_close_gradients_stay():
