@@ -13,11 +13,12 @@ torch's fused AdamW and torchao's, with gradient checkpointing.
 
 import argparse
 import dataclasses
-import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -110,19 +111,21 @@ def theirs(config, what, device):
     return run
 
 
-def flops(config, batch, tokens, recomputed):
-    """Of the matrix products of a step: 2 a weight and token forward, 4 backward, 2 if recomputed."""
+def flops(config, batch, tokens, recomputed, skipped):
+    """Of the matrix products of a step: 2 a weight and token forward, 4 backward, 2 if recomputed.
+
+    skipped: the recomputation leaves out each block's last product.
+    """
     c = config
-    block = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
-    block += 3 * c.hidden_size * c.intermediate_size
-    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens  # causal: half of 2 * T
-    head = c.vocab_size * c.hidden_size
-    times = 8 if recomputed else 6
-    return batch * tokens * (times * (c.num_hidden_layers * block + attention) + 8 * head)
+    attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    attention += c.num_attention_heads * c.head_dim * tokens  # scores and values, causal: half of 2 * T
+    one = c.hidden_size * c.intermediate_size
+    block = 6 * (attention + 3 * one) + recomputed * 2 * (attention + (2 if skipped else 3) * one)
+    return batch * tokens * (c.num_hidden_layers * block + 8 * c.vocab_size * c.hidden_size)
 
 
-def measure(run, config, batch, tokens, checkpointing, device, peak_rate, steps=5, warm_up=2):
-    """{ms, spread, gib, reserved_gib, tokens_per_second, mfu}"""
+def measure(run, config, batch, tokens, checkpointing, device, steps=5, warm_up=2):
+    """{ms, spread, gib, reserved_gib, tokens_per_second}"""
     ids = torch.randint(0, config.vocab_size, (steps + warm_up, batch, tokens), device=device)
     on_gpu, times = device == "cuda", []
     for number in range(steps + warm_up):
@@ -137,12 +140,11 @@ def measure(run, config, batch, tokens, checkpointing, device, peak_rate, steps=
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     middle, timed = statistics.median(times[warm_up:]), times[warm_up:]
-    work = flops(config, batch, tokens, checkpointing)
     return {
         "ms": middle * 1e3, "spread_ms": (max(timed) - min(timed)) * 1e3, "first_s": times[0],
         "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
-        "tokens_per_second": batch * tokens / middle, "mfu": work / middle / peak_rate,
+        "tokens_per_second": batch * tokens / middle,
     }  # fmt: skip
 
 
@@ -164,6 +166,31 @@ def profile(run, ids, checkpointing):
     print(f"    all kernels: {sum(row.self_device_time_total for row in rows) / 1e3:.1f} ms")
     for row in rows[:16]:
         print(f"    {row.self_device_time_total / 1e3:8.2f} ms {row.count:6} {row.key[:100]}")
+
+
+def measure_all(size, what, batches, device, rate, profiled):
+    """Measure and print one optimizer on some batches; the rows of the record."""
+    config, rows = config_of(size), []
+    try:
+        run = (ours if what in OURS else theirs)(config, what, device)
+    except ImportError as error:
+        print(f"{size:6}{what:28} not measured: {error}")
+        return rows
+    for batch, tokens, checkpointing in batches:
+        found = measure(run, config, batch, tokens, checkpointing, device)
+        work = flops(config, batch, tokens, checkpointing or what not in OURS, what in OURS)
+        found["mfu"] = work / found["ms"] * 1e3 / rate
+        rows.append({"size": size, "what": what, "batch": batch, "tokens": tokens, **found})
+        memory = [f"{found[key]:.2f}" if found[key] else "-" for key in ("gib", "reserved_gib")]
+        print(
+            f"{size:6}{what:28}{f'{batch}x{tokens}':>9}{found['ms']:9.1f}{found['spread_ms']:8.1f}"
+            f"{found['tokens_per_second']:10,.0f}{memory[0]:>8}{memory[1]:>9}"
+            f"{found['mfu']:6.2f}{found['first_s']:7.1f}",
+            flush=True,
+        )
+        if profiled and device == "cuda":
+            profile(run, torch.randint(0, config.vocab_size, (batch, tokens), device=device), checkpointing)
+    return rows
 
 
 def main():
@@ -194,36 +221,13 @@ def main():
     for size, what, batches in jobs:
         if chosen.only and not any(word in what for word in chosen.only):
             continue
-        config = config_of(size)
-        try:
-            run = (ours if what in OURS else theirs)(config, what, device)
-        except ImportError as error:
-            print(f"{size:6}{what:28} not measured: {error}")
-            continue
-        for batch, tokens, checkpointing in batches:
-            shape = f"{batch}x{tokens}"
-            if chosen.batch and shape not in chosen.batch:
-                continue
-            found = measure(run, config, batch, tokens, checkpointing, device, rate)
-            record.append({"size": size, "what": what, "batch": batch, "tokens": tokens, **found})
-            memory = [f"{found[key]:.2f}" if found[key] else "-" for key in ("gib", "reserved_gib")]
-            print(
-                f"{size:6}{what:28}{shape:>9}{found['ms']:9.1f}{found['spread_ms']:8.1f}"
-                f"{found['tokens_per_second']:10,.0f}{memory[0]:>8}{memory[1]:>9}"
-                f"{found['mfu']:6.2f}{found['first_s']:7.1f}",
-                flush=True,
-            )
-            if chosen.profile and device == "cuda":
-                profile(
-                    run, torch.randint(0, config.vocab_size, (batch, tokens), device=device), checkpointing
-                )
+        batches = [batch for batch in batches if not chosen.batch or f"{batch[0]}x{batch[1]}" in chosen.batch]
+        # A process of its own: what the one before has left on the GPU is not counted.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            record += pool.submit(measure_all, size, what, batches, device, rate, chosen.profile).result()
         if chosen.json:  # now, should a later one fail
             numbers = {"machine": place(device), "torch": torch.__version__, "matmul": rate, "rows": record}
             chosen.json.write_text(json.dumps({"command": " ".join(sys.argv), **numbers}, indent=1) + "\n")
-        del run
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
