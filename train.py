@@ -207,9 +207,12 @@ def main(settings):
 
     with only_user(Path(settings.out)):
         prompts = test_prompts(settings)
-        answers = ask("before", model, tokenizer, prompts, settings)
+        with memory.phase("answer"):
+            answers = ask("before", model, tokenizer, prompts, settings)
         train(step, tokenizer, examples, settings, start, save, memory)
-        ask("after", model, tokenizer, prompts, settings, answers)
+        step.close()
+        with memory.phase("answer"):
+            ask("after", model, tokenizer, prompts, settings, answers)
         save(settings.steps)
         path = written[settings.steps]
         print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
@@ -486,7 +489,7 @@ def test_prompts(settings):
 
 def ask(when, model, tokenizer, prompts, settings, before=None):
     """Print and return the answers to `prompts`; `before`: earlier ones, to say which are the same."""
-    with torch.compiler.set_stance("force_eager"):  # every length of text would be compiled for itself
+    with torch.compiler.set_stance("force_eager"):  # else every length of text would be compiled for itself
         answers = [
             minifp4.generate(model, tokenizer, prompt, max_new_tokens=settings.test_max_tokens)
             for prompt in prompts

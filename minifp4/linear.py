@@ -250,17 +250,23 @@ def _dlogits(logits, targets, total, dtoken):
 
 def compiled_kernels():
     """`Kernels` that are compiled. Decoding is fastest with one kernel for each shape; the others serve
-    matrices of all shapes, which as rows of one block differ in nothing but the number of blocks."""
+    matrices of all shapes, which as rows of one block differ in nothing but the number of blocks.
+
+    Weights are read by them even where a caller asked for eager code (`torch.compiler.set_stance`), because
+    in eager each temporary would be as large as the dense matrix.
+    """
     decode, fake, fit = (
         torch.compile(function, dynamic=False) for function in (_decode_blocks, _fake_blocks, refit_parts)
     )
 
     def dequantize(q, dtype):
         blocks = q.qdata.view(-1, BLOCK // 2), q.scale.view(-1, 1)
-        return decode(*blocks, q.global_scale, dtype).view(len(q.qdata), -1)
+        with torch.compiler.set_stance("default"):
+            return decode(*blocks, q.global_scale, dtype).view(len(q.qdata), -1)
 
     def fake_quantize(weight, global_scale, dtype):
-        return fake(*any_length(weight.view(-1, BLOCK)), global_scale, dtype).view_as(weight)
+        with torch.compiler.set_stance("default"):
+            return fake(*any_length(weight.view(-1, BLOCK)), global_scale, dtype).view_as(weight)
 
     def refit_group(weights):
         scales = any_length(*(weight.scale.view(-1) for weight in weights))

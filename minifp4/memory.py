@@ -1,4 +1,4 @@
-"""Where memory goes: by phase of a run (loaded, forward, backward, step, save), and by role.
+"""Where memory goes: by phase of a run (load, answer, forward, backward, step, save), and by role.
 
 On a GPU the numbers are the allocator's: tensors that exist, and the most that existed at once. On a CPU they
 are the process's, interpreter and libraries included; `roles` counts the tensors alone in both cases.
@@ -13,6 +13,7 @@ import torch
 GIB = 2**30
 ADVICE = {  # what lowers the peak of a phase
     "load": "--master-dtype nvfp4 and --optimizer-state nvfp4",
+    "answer": "--master-dtype nvfp4 and --optimizer-state nvfp4",
     "forward": "--activation-checkpointing, or a smaller --batch-size with --grad-accum",
     "backward": "--step-in-backward, or a smaller --batch-size with --grad-accum",
     "step": "--step-in-backward, or --step-chunk-rows",
@@ -69,11 +70,13 @@ class Memory:
 
     def _shortage(self, error):
         wanted = re.search(r"(?:allocate |you tried to allocate )([\d.]+ \w+)", str(error))
+        in_step = self.device.type == "cuda" and self.current in ("forward", "backward")
+        graphs = ", or --no-cuda-graph" if in_step else ""  # recorded steps keep memory for themselves
         limit = f"--memory-limit-gb {self.limit_gib:g}" if self.limit_gib else "the memory of this device"
         return (
             f"{limit} is not enough: in the phase {self.current!r} {self.now()[0] / GIB:.2f} GiB were in use"
             + (f" and {wanted[1]} more were asked for" if wanted else "")
-            + f"; less is needed with {ADVICE[self.current]}"
+            + f"; less is needed with {ADVICE[self.current]}{graphs}"
         )
 
     def peak(self):

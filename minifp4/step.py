@@ -64,9 +64,11 @@ class Step:
                 )
 
     def close(self):
-        """Take the hooks off the parameters."""
+        """Take the hooks off the parameters, and give back the memory of recorded steps."""
         for hook in self._hooks:
             hook.remove()
+        self._recorded.clear()
+        self._pool = None
 
     def __call__(self, batches):
         if self.in_backward and len(batches) > 1:

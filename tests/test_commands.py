@@ -164,7 +164,7 @@ def test_memory_is_reported_and_limited(result, small, tsv, tmp_path, capsys):
     report = tmp_path / "memory.json"
     result(memory_report=str(report))
     found = json.loads(report.read_text())
-    assert list(found["phases"]) == ["load", "forward", "backward", "step", "save"]
+    assert list(found["phases"]) == ["load", "answer", "forward", "backward", "step", "save"]
     assert all(phase["peak"] >= phase["allocated"] > 0 for phase in found["phases"].values())
     total = sum(p.numel() for p in minifp4.load(small)[0].parameters())
     assert 0.5 * total < found["roles"]["weights"] < 4 * total

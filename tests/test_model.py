@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import CONFIG, small_model
 
 import minifp4
-from minifp4 import linear, nvfp4, sampling
+from minifp4 import checkpoint, linear, nvfp4, sampling
 from minifp4.model import Config
 
 SHAPES = {
@@ -148,6 +148,22 @@ def test_cross_entropy_in_pieces(words, logits, monkeypatch):
     assert torch.allclose(found, expected, atol=1e-6)
     for ours, theirs in zip(*(torch.autograd.grad(y * 3, (hidden, head.weight)) for y in (found, expected))):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_weights_are_read_by_compiled_code_even_in_eager(monkeypatch):
+    """train.py answers in eager, texts of any length; there a large head with its temporaries takes gigabytes."""
+    model, compiled = small_model(), []
+    checkpoint.set_masters(model, "nvfp4")
+
+    def spied(*args, decode=linear._decode_blocks):
+        compiled.append(torch.compiler.is_compiling())
+        return decode(*args)
+
+    monkeypatch.setattr(linear, "_decode_blocks", spied)
+    kernels = linear.compiled_kernels()
+    with torch.compiler.set_stance("force_eager"):
+        value = kernels.dequantize(model.lm_head.weight.nvfp4(), torch.float32)
+    assert compiled == [True] and torch.equal(value, model.lm_head.value(torch.float32))
 
 
 def test_no_token_to_learn_has_no_gradient():
