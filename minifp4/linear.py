@@ -249,8 +249,8 @@ def _dlogits(logits, targets, total, dtoken):
 
 
 def compiled_kernels():
-    """`Kernels` that are compiled. Decoding is fastest with one kernel for each shape; the others serve
-    matrices of all shapes, which as rows of one block differ in nothing but the number of blocks.
+    """`Kernels` that are compiled. Decoding is fastest with one kernel for each shape, and a group's largest
+    scale is found well only by a kernel made for its size; the others serve all shapes.
 
     Weights are read by them even where a caller asked for eager code (`torch.compiler.set_stance`), because
     in eager each temporary would be as large as the dense matrix.
@@ -269,8 +269,7 @@ def compiled_kernels():
             return fake(*any_length(weight.view(-1, BLOCK)), global_scale, dtype).view_as(weight)
 
     def refit_group(weights):
-        scales = any_length(*(weight.scale.view(-1) for weight in weights))
-        fit(scales, [weight.global_scale for weight in weights])
+        fit([weight.scale.view(-1) for weight in weights], [weight.global_scale for weight in weights])
 
     return Kernels(dequantize, fake_quantize, refit_group, torch.compile(_log_sum), torch.compile(_dlogits))
 

@@ -90,7 +90,6 @@ def update(
     first,
     key,
     hyper,
-    moved,
     ok,
     *,
     grad_dtype,
@@ -102,8 +101,12 @@ def update(
     stores, parts: the storages of w, m and sqrt(v), and these rows of their tensors.
     grad: one block a row, as `precision.pairs`. largest, squares: what `survey` says of it.
     first, key: what the random bits derive from (`precision.counter_bits`).
-    hyper: [8], the fields of `Hyper`. moved: fp64 [2], to which the movement that was asked for and the one
-    that arrived are added. ok: bool []; if false, or the gradient is not finite, everything stays as it is.
+    hyper: [8], the fields of `Hyper`. ok: bool []; if false, or the gradient is not finite, everything stays
+    as it is.
+
+    Returns the movement that was asked for and the one that arrived, fp32 [2, blocks]. Their sums are left to
+    the caller: a compiler would split them into as many parts as suit the first matrix, and use those for
+    the head too.
     """
     hyper, ok = Hyper(*hyper.unbind()), ok & squares.isfinite()
     g = [half * hyper.grad_scale for half in unpaired(grad, grad_dtype)]
@@ -129,15 +132,10 @@ def update(
     ]
     stored = stores[0].values(new[0])
     arrived = [(s - w) * torch.ones_like(w).copysign(delta) for s, w, delta in zip(stored, weight, asked)]
-    sums = torch.stack([_sum(*(delta.abs() for delta in asked)), _sum(*arrived)])
-    moved += torch.where(ok, sums, 0.0)
     for part, fresh in zip(parts, new):
         write(part, fresh, ok)
-
-
-def _sum(even, odd):
-    """The sum of both halves: first over each block, so that a compiler need not keep the numbers."""
-    return (even + odd).sum(-1).sum()
+    moved = [delta.abs() for delta in asked], arrived
+    return torch.stack([torch.where(ok, (even + odd).sum(-1), 0.0) for even, odd in moved])
 
 
 def survey(grad, squares, grad_dtype):
@@ -265,12 +263,13 @@ class AdamW:
             blocks, limits = pairs(one_block_a_row(grad[rows])), largest[rows]
             if self.compiled:
                 any_length(blocks, limits, *(tensor for part in parts for tensor in part.values()))
-            self._update(
+            moved = self._update(
                 stores, parts, blocks, limits, squares, first, self._keys[number],
-                self._hyper[0 if p.dim() == 2 else 1], self.moved_sums, self._true if ok is None else ok,
+                self._hyper[0 if p.dim() == 2 else 1], self._true if ok is None else ok,
                 grad_dtype=grad.dtype, stochastic=self.stochastic,
                 stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
             )  # fmt: skip
+            self.moved_sums += moved.sum(1)
 
     def _pieces(self, grad):
         """The rows to compute at once: all in compiled code, else what temporaries stay small for."""

@@ -151,7 +151,7 @@ def test_cross_entropy_in_pieces(words, logits, monkeypatch):
 
 
 def test_weights_are_read_by_compiled_code_even_in_eager(monkeypatch):
-    """train.py answers in eager, texts of any length; there a large head with its temporaries takes gigabytes."""
+    """train.py answers in eager, texts of any length; a large head with its temporaries takes gigabytes."""
     model, compiled = small_model(), []
     checkpoint.set_masters(model, "nvfp4")
 
