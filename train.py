@@ -423,7 +423,7 @@ def report_memory(path, memory, step):
     """Write and print where the memory went."""
     roles = {
         "weights": sum(bytes_of(p) for p in step.model.parameters()),
-        "moments": sum(tensor.nbytes for tensor in step.optimizer.tensors().values()),
+        "moments": step.optimizer.nbytes(),
         "gradients": step.gradient_bytes,
         "activations": max(0, memory.phases["forward"]["peak"] - memory.phases["forward"]["before"]),
     }
@@ -455,7 +455,7 @@ def describe(settings, model, counts, optimizer, examples, cut):
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in optimizer.parameters.values())
     masters = sum(bytes_of(p) for p in optimizer.parameters.values())
-    moments = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors().values())
+    moments = optimizer.nbytes()
     tied = "tied" if config.tie_word_embeddings else "untied"
     dtype = str(model.model.compute_dtype).removeprefix("torch.")
     kinds = " ".join(f"{kind}={count}" for kind, count in counts.items())

@@ -82,19 +82,7 @@ def change(w, m, root, hyper):
 
 
 def update(
-    stores,
-    parts,
-    grad,
-    largest,
-    squares,
-    first,
-    key,
-    hyper,
-    ok,
-    *,
-    grad_dtype,
-    stochastic,
-    stochastic_root,
+    stores, parts, grad, largest, squares, first, key, hyper, ok, *, grad_dtype, stochastic, stochastic_root
 ):
     """One step on some rows of a matrix, in place.
 
@@ -111,22 +99,15 @@ def update(
     hyper, ok = Hyper(*hyper.unbind()), ok & squares.isfinite()
     g = [half * hyper.grad_scale for half in unpaired(grad, grad_dtype)]
     weight, mean, root = (store.values(part) for store, part in zip(stores, parts))
-    mean_bound = root_bound = None
-    if isinstance(stores[1], Blocks):
-        bounds = (store.bound(part) for store, part in zip(stores[1:], parts[1:]))
-        mean_bound, root_bound = moments(largest * hyper.grad_scale, *bounds, hyper)
+    mean_bound, root_bound = _bounds(stores, parts, largest, hyper)
     mean, root = zip(*[moments(*half, hyper) for half in zip(g, mean, root)])
     asked = [change(*half, hyper) for half in zip(weight, mean, root)]
     bits = mean_bits = None
     if stochastic:  # one draw serves both: w its lower 22 bits, m its upper 22
         bits = counter_bits(key, first, g[0].shape)
         mean_bits = [half >> 10 for half in bits]
-    if stochastic and stores[0].rounds:
-        wanted = [stochastic_add(*half) for half in zip(weight, asked, bits)]
-    else:
-        wanted = [w + delta for w, delta in zip(weight, asked)]
     new = [
-        stores[0].encoded(wanted, parts[0], bits),
+        stores[0].encoded(_added(weight, asked, bits if stores[0].rounds else None), parts[0], bits),
         stores[1].encoded(mean, parts[1], mean_bits, mean_bound),
         stores[2].encoded(root, parts[2], mean_bits if stochastic_root else None, root_bound),
     ]
@@ -136,6 +117,22 @@ def update(
         write(part, fresh, ok)
     moved = [delta.abs() for delta in asked], arrived
     return torch.stack([torch.where(ok, (even + odd).sum(-1), 0.0) for even, odd in moved])
+
+
+def _bounds(stores, parts, largest, hyper):
+    """What no number of a row exceeds by much in the new m and sqrt(v), for storages that want to know:
+    moments of the row's largest gradient."""
+    if not isinstance(stores[1], Blocks):
+        return None, None
+    old = [store.bound(part) for store, part in zip(stores[1:], parts[1:])]
+    return moments(largest * hyper.grad_scale, *old, hyper)
+
+
+def _added(weight, asked, bits):
+    """weight + asked; `bits`, if there are any, round the sum stochastically."""
+    if bits is None:
+        return [w + delta for w, delta in zip(weight, asked)]
+    return [stochastic_add(*half) for half in zip(weight, asked, bits)]
 
 
 def survey(grad, squares, grad_dtype):
@@ -202,6 +199,10 @@ class AdamW:
             for moment, store in zip(("exp_avg", "sqrt_exp_avg_sq"), stores[1:])
             for part, tensor in store.tensors.items()
         }
+
+    def nbytes(self):
+        """Of all these tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @torch.no_grad()
     def step(self, grad_scale=1.0, ok=None):

@@ -52,7 +52,7 @@ def ours(shape, kind, device):
     p.grad_dtype = torch.bfloat16
     p.grad = torch.randn(shape, device=device).bfloat16()
     optimizer = minifp4.AdamW([("weight", p)], lr=1e-5, state=state, compile=device == "cuda")
-    kept = bytes_of(x) + sum(tensor.nbytes for tensor in optimizer.tensors().values())
+    kept = bytes_of(x) + optimizer.nbytes()
     optimizer.step()
     return recorded(optimizer.step, lambda: optimizer.update("weight", p), device), 2 * kept + p.grad.nbytes
 
