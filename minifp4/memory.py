@@ -30,6 +30,7 @@ class Memory:
 
     def __init__(self, device, limit_gib=None):
         self.device, self.limit_gib, self.phases, self.current = device, limit_gib, {}, "load"
+        self.base = 0 if device.type == "cuda" else self.now()[0]  # the limit of a process is beside this
         if limit_gib is None:
             return
         if device.type == "cuda":
@@ -69,15 +70,19 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def _shortage(self, error):
-        wanted = re.search(r"(?:allocate |you tried to allocate )([\d.]+ \w+)", str(error))
-        in_step = self.device.type == "cuda" and self.current in ("forward", "backward")
-        graphs = ", or --no-cuda-graph" if in_step else ""  # recorded steps keep memory for themselves
+        """One line: the phase, how much, and what lowers it."""
         limit = f"--memory-limit-gb {self.limit_gib:g}" if self.limit_gib else "the memory of this device"
-        return (
-            f"{limit} is not enough: in the phase {self.current!r} {self.now()[0] / GIB:.2f} GiB were in use"
-            + (f" and {wanted[1]} more were asked for" if wanted else "")
-            + f"; less is needed with {ADVICE[self.current]}{graphs}"
-        )
+        used = f"{(self.now()[0] - self.base) / GIB:.2f} GiB were in use"
+        if self.base:
+            used += " beside the interpreter"
+        if wanted := re.search(r"allocate ([\d.]+) (\w+)", str(error)):
+            size, unit = float(wanted[1]), wanted[2]  # "742.00 MiB" on a GPU, "13762560 bytes" on a CPU
+            used += f" and {size / 2**20:.2f} MiB" if unit == "bytes" else f" and {size} {unit}"
+            used += " more were asked for"
+        advice = ADVICE[self.current]
+        if self.device.type == "cuda" and self.current in ("forward", "backward"):
+            advice += ", or --no-cuda-graph"  # recorded steps keep memory for themselves
+        return f"{limit} is not enough: in the phase {self.current!r} {used}; less is needed with {advice}"
 
     def peak(self):
         """The largest peak of all phases so far, bytes."""
