@@ -260,15 +260,22 @@ def next_e4m3(scale, where, step=1):
 
 def decode(qdata, scale, global_scale):
     """The inverse of `encode`: halves, fp32 [..., K/2] each; `global_scale` is [] or [..., 1]."""
-    codes = qdata.to(torch.int32)  # a GPU computes with 32 bits, a byte costs it more
-    halves = [as_fp16(code & 7, code) for code in (codes & 0xF, codes >> 4)]
-    return scaled(halves, scale, global_scale * FP16_UNIT)
+    codes = spread(qdata)
+    return scaled(as_fp16(codes & 0x00070007, codes), scale, global_scale * FP16_UNIT)
+
+
+def spread(x):
+    """Bytes of two codes -> int32 with the even code in the lower half of its bits, the odd one in the upper:
+    a GPU then computes with both in one instruction, and with 32 bits as quickly as with 8."""
+    x = x.to(torch.int32)
+    return (x | x << 12) & 0x000F000F
 
 
 def decode_rows(qdata, scale, global_scale):
     """The same, interleaved: fp32 [..., K]."""
     code = joined(qdata & 0xF, qdata >> 4).to(torch.int16)
-    blocks = (as_fp16(code & 7, code).float() * FP16_UNIT).unflatten(-1, (-1, BLOCK))
+    values = ((code & 7) << 9 | (code & 8) << 12).view(torch.float16)  # as in `as_fp16`
+    blocks = (values.float() * FP16_UNIT).unflatten(-1, (-1, BLOCK))
     return (blocks * (scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
 
 
@@ -320,12 +327,12 @@ def magnitude_code(raw, bits=None, further=0):
     return (raised.view(torch.int32) + (bits & (1 << place) - 1) >> place) + (2 * below_1 - 252 << further)
 
 
-def as_fp16(number, code, further=0):
-    """The values of `magnitude_code`'s numbers, with the signs of `code`, in fp16 and times 2**-14.
+def as_fp16(numbers, codes, further=0):
+    """The values of `magnitude_code`'s numbers, with the signs of `codes`, in fp16 and times 2**-14: halves.
 
-    An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there.
-    What is left to correct is the exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16
-    subnormals.
+    Both are laid out by `spread`, so that one operation serves two of them. An E2M1 number is an fp16 number
+    whose other bits are 0: put its sign, exponent and mantissa bits there. What is left to correct is the
+    exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16 subnormals.
     """
-    bits = number << 9 - further | (code & 8) << 12
-    return bits.to(torch.int16).view(torch.float16)
+    bits = numbers << 9 - further | (codes & 0x00080008) << 12
+    return tuple(half.to(torch.int16).view(torch.float16) for half in (bits, bits >> 16))

@@ -56,6 +56,7 @@ from .nvfp4 import (
     row_chunks,
     scaled,
     sign_bit,
+    spread,
     weight_global_scale,
 )
 
@@ -149,10 +150,9 @@ def stored(parts, global_scale, finer):
     codes, scale = parts["qdata"], parts["scale"]
     if not finer:
         return decode(codes, scale, global_scale)
-    codes, more = codes.to(torch.int32), parts["more"].to(torch.int32)
-    nibbles = (codes & 0xF, more & 0xF), (codes >> 4, more >> 4)
-    places = [((code & 7) * PLACES + further - PLACES // 2, code) for code, further in nibbles]
-    return scaled([as_fp16(*place, FURTHER) for place in places], scale, global_scale * FP16_UNIT)
+    codes, more = spread(codes), spread(parts["more"])
+    places = ((codes & 0x00070007) << FURTHER) + more - 0x00010001 * (PLACES // 2)  # none is below 0
+    return scaled(as_fp16(places, codes, FURTHER), scale, global_scale * FP16_UNIT)
 
 
 def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):

@@ -293,6 +293,6 @@ def stochastic_add(w, change, bits):
     rest, raw = change - (total - w), total.view(torch.int32)
     inward = (raw ^ rest.view(torch.int32)) >> 31  # -1 if so: below 2**e gaps are smaller
     binade = raw + inward & 0x7F800000  # the bits of 2**e
-    drawn = (binade | bits >> 9 & 0x7FFFFF).view(torch.float32) - binade.view(torch.float32)  # 2**e * [0, 1)
-    further = drawn < rest.abs() * 2.0**23
+    drawn = (binade | bits >> 9 & 0x7FFFFF).view(torch.float32)  # 2**e * [1, 2)
+    further = drawn < binade.view(torch.float32) + rest.abs() * 2.0**23
     return (raw + further * (1 + 2 * inward)).view(torch.float32)  # the neighbour's bits are the next number
