@@ -25,12 +25,15 @@ from torch import nn
 from .nvfp4 import (
     BLOCK,
     any_length,
-    decode_rows,
+    decode,
     dequantize,
+    encode,
     fake_quantize,
-    fake_quantize_rows,
+    paired,
+    pairs,
     quantize,
     row_slices,
+    unpaired,
     weight_global_scale,
 )
 from .packed import Packed, dense, refit, refit_parts
@@ -255,18 +258,19 @@ def compiled_kernels():
     Weights are read by them even where a caller asked for eager code (`torch.compiler.set_stance`), because
     in eager each temporary would be as large as the dense matrix.
     """
-    decode, fake, fit = (
+    decode_blocks, fake_blocks, fit = (
         torch.compile(function, dynamic=False) for function in (_decode_blocks, _fake_blocks, refit_parts)
     )
 
     def dequantize(q, dtype):
         blocks = q.qdata.view(-1, BLOCK // 2), q.scale.view(-1, 1)
         with torch.compiler.set_stance("default"):
-            return decode(*blocks, q.global_scale, dtype).view(len(q.qdata), -1)
+            return decode_blocks(*blocks, q.global_scale, dtype).view(dtype).view(len(q.qdata), -1)
 
     def fake_quantize(weight, global_scale, dtype):
+        blocks = any_length(pairs(weight.view(-1, BLOCK)))
         with torch.compiler.set_stance("default"):
-            return fake(*any_length(weight.view(-1, BLOCK)), global_scale, dtype).view_as(weight)
+            return fake_blocks(*blocks, global_scale, weight.dtype, dtype).view(dtype).view_as(weight)
 
     def refit_group(weights):
         fit([weight.scale.view(-1) for weight in weights], [weight.global_scale for weight in weights])
@@ -275,11 +279,13 @@ def compiled_kernels():
 
 
 def _decode_blocks(qdata, scale, global_scale, dtype):
-    return decode_rows(qdata, scale, global_scale).to(dtype)
+    """The numbers as `nvfp4.pairs`: with half as many instructions as one by one."""
+    return paired(*(half.to(dtype) for half in decode(qdata, scale, global_scale)))
 
 
-def _fake_blocks(weight, global_scale, dtype):
-    return fake_quantize_rows(weight, global_scale).to(dtype)
+def _fake_blocks(weight, global_scale, stored, dtype):
+    """The same of `pairs` in `stored`, after encoding them."""
+    return _decode_blocks(*encode(unpaired(weight, stored), 1 / global_scale), global_scale, dtype)
 
 
 EAGER = Kernels(dequantize, fake_quantize, refit, _log_sum, _dlogits)

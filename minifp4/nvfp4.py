@@ -126,13 +126,9 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     matrix, into = as_matrix(x.detach()), as_matrix(values)
     for rows in row_chunks(matrix):
-        into[rows] = fake_quantize_rows(matrix[rows], global_scale)
+        codes, scales = encode(halves(matrix[rows].float()), 1 / global_scale)
+        into[rows] = decode_rows(codes, scales, global_scale)
     return values
-
-
-def fake_quantize_rows(x, global_scale):
-    """The same in one piece, fp32."""
-    return decode_rows(*encode(halves(x.float()), 1 / global_scale), global_scale)
 
 
 def any_length(*tensors):
@@ -188,6 +184,29 @@ def halves(x):
 def joined(even, odd):
     """The inverse of `halves`."""
     return torch.stack([even, odd], -1).flatten(-2)
+
+
+def pairs(x):
+    """16-bit numbers [..., K] two at a time, as int32 [..., K/2] (the same memory): one access to memory
+    instead of two with gaps between them. Wider ones as they are."""
+    return x.view(torch.int32) if x.element_size() == 2 else x
+
+
+def unpaired(x, dtype):
+    """The halves, fp32, of `pairs` of `dtype`."""
+    if x.dtype != torch.int32:
+        return tuple(half.float() for half in halves(x))
+    if dtype == torch.bfloat16:  # the upper half of an fp32 number
+        return (x << 16).view(torch.float32), (x & -0x10000).view(torch.float32)
+    return tuple(half.to(torch.int16).view(dtype).float() for half in (x, x >> 16))
+
+
+def paired(even, odd):
+    """The inverse of `unpaired`."""
+    if even.element_size() != 2:
+        return joined(even, odd)
+    even, odd = (half.view(torch.int16).to(torch.int32) for half in (even, odd))
+    return even & 0xFFFF | odd << 16
 
 
 def encode(x, encode_scale, bits=None, smallest=0, scale=None):

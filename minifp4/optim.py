@@ -30,16 +30,14 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import any_length, limited, magnitude_bits, row_chunks
+from .nvfp4 import any_length, limited, magnitude_bits, pairs, row_chunks, unpaired
 from .precision import (
     Blocks,
     counter_bits,
     master,
     one_block_a_row,
-    pairs,
     rounding_key,
     stochastic_add,
-    unpaired,
     write,
     zeros,
 )
@@ -87,7 +85,7 @@ def update(
     """One step on some rows of a matrix, in place.
 
     stores, parts: the storages of w, m and sqrt(v), and these rows of their tensors.
-    grad: one block a row, as `precision.pairs`. largest, squares: what `survey` says of it.
+    grad: one block a row, as `nvfp4.pairs`. largest, squares: what `survey` says of it.
     first, key: what the random bits derive from (`precision.counter_bits`).
     hyper: [8], the fields of `Hyper`. ok: bool []; if false, or the gradient is not finite, everything stays
     as it is.

@@ -52,11 +52,12 @@ from .nvfp4 import (
     block_scale,
     decode,
     encode,
-    halves,
     in_blocks,
     inverse_scale,
-    joined,
+    paired,
+    pairs,
     scaled,
+    unpaired,
 )  # fmt: skip
 from .packed import Packed
 
@@ -103,29 +104,6 @@ class Float:
 def one_block_a_row(x):
     """[rows, K] -> [blocks, 16]; as it is if K is no multiple of 16."""
     return x.view(-1, BLOCK) if x.shape[1] % BLOCK == 0 else x
-
-
-def pairs(x):
-    """16-bit numbers [..., K] two at a time, as int32 [..., K/2] (the same memory): one access to memory
-    instead of two with gaps between them. Wider ones as they are."""
-    return x.view(torch.int32) if x.element_size() == 2 else x
-
-
-def unpaired(x, dtype):
-    """The halves, fp32, of `pairs` of `dtype`."""
-    if x.dtype != torch.int32:
-        return tuple(half.float() for half in halves(x))
-    if dtype == torch.bfloat16:  # the upper half of an fp32 number
-        return (x << 16).view(torch.float32), (x & -0x10000).view(torch.float32)
-    return tuple(half.to(torch.int16).view(dtype).float() for half in (x, x >> 16))
-
-
-def paired(even, odd):
-    """The inverse of `unpaired`."""
-    if even.element_size() != 2:
-        return joined(even, odd)
-    even, odd = (half.view(torch.int16).to(torch.int32) for half in (even, odd))
-    return even & 0xFFFF | odd << 16
 
 
 class PackedMaster:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import CONFIG, small_model
 
 import minifp4
-from minifp4 import checkpoint, linear, nvfp4, sampling
+from minifp4 import linear, nvfp4, sampling
 from minifp4.model import Config
 
 SHAPES = {
@@ -150,10 +150,12 @@ def test_cross_entropy_in_pieces(words, logits, monkeypatch):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_weights_are_read_by_compiled_code_even_in_eager(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_read_by_compiled_code_even_in_eager(dtype, monkeypatch):
     """train.py answers in eager, texts of any length; a large head with its temporaries takes gigabytes."""
-    model, compiled = small_model(), []
-    checkpoint.set_masters(model, "nvfp4")
+    head, compiled = small_model().lm_head, []
+    weight, scale = head.weight.detach().to(dtype), head.global_scale()
+    codes = nvfp4.quantize(weight, global_scale=scale)
 
     def spied(*args, decode=linear._decode_blocks):
         compiled.append(torch.compiler.is_compiling())
@@ -162,8 +164,9 @@ def test_weights_are_read_by_compiled_code_even_in_eager(monkeypatch):
     monkeypatch.setattr(linear, "_decode_blocks", spied)
     kernels = linear.compiled_kernels()
     with torch.compiler.set_stance("force_eager"):
-        value = kernels.dequantize(model.lm_head.weight.nvfp4(), torch.float32)
-    assert compiled == [True] and torch.equal(value, model.lm_head.value(torch.float32))
+        found = kernels.dequantize(codes, dtype), kernels.fake_quantize(weight, scale, dtype)
+    assert compiled == [True, True]
+    assert all(torch.equal(value, nvfp4.dequantize(codes, dtype)) for value in found)
 
 
 def test_no_token_to_learn_has_no_gradient():
