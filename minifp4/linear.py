@@ -25,6 +25,7 @@ from torch import nn
 from .nvfp4 import (
     BLOCK,
     any_length,
+    compiled,
     decode,
     dequantize,
     encode,
@@ -259,7 +260,7 @@ def compiled_kernels():
     in eager each temporary would be as large as the dense matrix.
     """
     decode_blocks, fake_blocks, fit = (
-        torch.compile(function, dynamic=False) for function in (_decode_blocks, _fake_blocks, refit_parts)
+        compiled(function) for function in (_decode_blocks, _fake_blocks, refit_parts)
     )
 
     def dequantize(q, dtype):
@@ -272,10 +273,10 @@ def compiled_kernels():
         with torch.compiler.set_stance("default"):
             return fake_blocks(*blocks, global_scale, weight.dtype, dtype).view(dtype).view_as(weight)
 
-    def refit_group(weights):
-        fit([weight.scale.view(-1) for weight in weights], [weight.global_scale for weight in weights])
-
-    return Kernels(dequantize, fake_quantize, refit_group, torch.compile(_log_sum), torch.compile(_dlogits))
+    return Kernels(
+        dequantize, fake_quantize, lambda weights: refit(weights, fit), torch.compile(_log_sum),
+        torch.compile(_dlogits),
+    )  # fmt: skip
 
 
 def _decode_blocks(qdata, scale, global_scale, dtype):

@@ -306,7 +306,6 @@ class Qwen3(nn.Module):
 
         Matrix products and attention are large enough, and stay as they are.
         """
-        torch._dynamo.config.recompile_limit = 64  # one graph for each shape of a weight
         kernels = compiled_kernels()
         for module in self.modules():
             if isinstance(module, (Linear, Embedding)):

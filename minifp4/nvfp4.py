@@ -49,6 +49,7 @@ E4M3_MIN = 2.0**-9  # the smallest positive E4M3, a subnormal
 FP32_MAX = torch.finfo(torch.float32).max
 ONE, SIX = 0x3F800000, 0x40C00000  # the bits of 1.0 and 6.0 in fp32
 FP16_UNIT = 2.0**14  # how much more than in fp16 an exponent means in E2M1
+BOTH = 0x00010001  # times a number: the same number in both halves of the int32 that `spread` makes
 RANDOM = 2**22  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 
 
@@ -129,6 +130,13 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
         codes, scales = encode(halves(matrix[rows].float()), 1 / global_scale)
         into[rows] = decode_rows(codes, scales, global_scale)
     return values
+
+
+def compiled(function, **how):
+    """`function` through torch.compile, one graph for each shape: a Qwen3 has more of them than torch allows
+    by default, and beyond its limit they would run in eager."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=False, **how)
 
 
 def any_length(*tensors):
@@ -280,14 +288,14 @@ def next_e4m3(scale, where, step=1):
 def decode(qdata, scale, global_scale):
     """The inverse of `encode`: halves, fp32 [..., K/2] each; `global_scale` is [] or [..., 1]."""
     codes = spread(qdata)
-    return scaled(as_fp16(codes & 0x00070007, codes), scale, global_scale * FP16_UNIT)
+    return scaled(as_fp16(codes & 7 * BOTH, codes), scale, global_scale * FP16_UNIT)
 
 
 def spread(x):
     """Bytes of two codes -> int32 with the even code in the lower half of its bits, the odd one in the upper:
     a GPU then computes with both in one instruction, and with 32 bits as quickly as with 8."""
     x = x.to(torch.int32)
-    return (x | x << 12) & 0x000F000F
+    return (x | x << 12) & 15 * BOTH
 
 
 def decode_rows(qdata, scale, global_scale):
@@ -353,5 +361,5 @@ def as_fp16(numbers, codes, further=0):
     whose other bits are 0: put its sign, exponent and mantissa bits there. What is left to correct is the
     exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16 subnormals.
     """
-    bits = numbers << 9 - further | (codes & 0x00080008) << 12
+    bits = numbers << 9 - further | (codes & 8 * BOTH) << 12
     return tuple(half.to(torch.int16).view(torch.float16) for half in (bits, bits >> 16))

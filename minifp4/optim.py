@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import any_length, limited, magnitude_bits, pairs, row_chunks, unpaired
+from .nvfp4 import any_length, compiled, limited, magnitude_bits, pairs, row_chunks, unpaired
 from .precision import (
     Blocks,
     counter_bits,
@@ -171,7 +171,7 @@ class AdamW:
         device = next(iter(self.parameters.values())).device
         self.compiled = device.type == "cuda" if compile is None else compile
         self._update, self._survey = (
-            torch.compile(function, dynamic=False, options=ONE_KERNEL) if self.compiled else function
+            compiled(function, options=ONE_KERNEL) if self.compiled else function
             for function in (update, survey)
         )
         # What differs from step to step lies on the device: Hyper for matrices and for vectors, and a key for
@@ -245,10 +245,9 @@ class AdamW:
         grad = _matrix(p.grad)
         if self.compiled:
             return self._survey(pairs(grad), self.squares, grad.dtype)
-        pieces = [
-            grad[rows] for rows in row_chunks(grad)
-        ]  # not --step-chunk-rows: the sum's bits depend on it
-        largest, squares = zip(*(survey(pairs(piece), self.squares, grad.dtype) for piece in pieces))
+        # Not in pieces of `chunk_rows`: the sum's bits depend on them.
+        pieces = [pairs(grad[rows]) for rows in row_chunks(grad)]
+        largest, squares = zip(*(self._survey(piece, self.squares, grad.dtype) for piece in pieces))
         return torch.cat(largest), sum(squares)
 
     @torch.no_grad()

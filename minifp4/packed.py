@@ -32,6 +32,7 @@ import torch
 
 from .nvfp4 import (
     BLOCK,
+    BOTH,
     E2M1_MAX,
     E4M3_MAX,
     E4M3_MIN,
@@ -151,7 +152,7 @@ def stored(parts, global_scale, finer):
     if not finer:
         return decode(codes, scale, global_scale)
     codes, more = spread(codes), spread(parts["more"])
-    places = ((codes & 0x00070007) << FURTHER) + more - 0x00010001 * (PLACES // 2)  # none is below 0
+    places = ((codes & 7 * BOTH) << FURTHER) + more - PLACES // 2 * BOTH  # none is below 0
     return scaled(as_fp16(places, codes, FURTHER), scale, global_scale * FP16_UNIT)
 
 
@@ -254,21 +255,22 @@ def _codes_of_values(x, global_scale):
     return codes, scale, bool(right.all())
 
 
-def refit(weights):
-    """Double the global scale of packed `weights` that share one, where a block scale nears the end of its
-    range.
-
-    All block scales are halved, so that no number changes (but in E4M3's subnormals, by half their step).
-    """
-    refit_parts([weight.scale for weight in weights], [weight.global_scale for weight in weights])
-
-
 def refit_parts(scales, global_scales):
     top = torch.stack([scale.float().amax() for scale in scales]).amax()
     factor = torch.where(top > E4M3_MAX / 2, 2.0, 1.0)
     for scale, global_scale in zip(scales, global_scales):
         scale.copy_(scale.float() / factor)
         global_scale.mul_(factor)
+
+
+def refit(weights, fit=refit_parts):
+    """Double the global scale of packed `weights` that share one, where a block scale nears the end of its
+    range.
+
+    All block scales are halved, so that no number changes (but in E4M3's subnormals, by half their step).
+    fit: `refit_parts`, or that compiled.
+    """
+    fit([weight.scale for weight in weights], [weight.global_scale for weight in weights])
 
 
 def dense(weight):

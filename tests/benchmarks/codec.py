@@ -42,16 +42,16 @@ def differences(rows, columns, devices):
                 return nvfp4.encode(nvfp4.halves(x), scale, None if bits is None else nvfp4.halves(bits))
 
             expected = encode(x, bits, scale)
-            decoded = nvfp4.decode_rows(*expected, 1 / scale)
+            decoded = nvfp4.dequantize(nvfp4.NVFP4(*expected, 1 / scale))
             for device in devices:
                 x_there, bits_there = x.to(device), None if bits is None else bits.to(device)
                 for how in ("eager", "compiled"):
-                    functions = encode, nvfp4.decode_rows
-                    if how == "compiled":
-                        functions = [torch.compile(function) for function in functions]
+                    functions = encode, nvfp4.dequantize
+                    if how == "compiled":  # what a model on a GPU decodes with
+                        functions = torch.compile(encode), compiled_kernels().dequantize
                     got = [t.cpu() for t in functions[0](x_there, bits_there, scale.to(device))]
-                    codes = [t.to(device) for t in expected]
-                    values = functions[1](*codes, 1 / scale.to(device)).cpu()
+                    codes = nvfp4.NVFP4(*(t.to(device) for t in (*expected, 1 / scale)))
+                    values = functions[1](codes, torch.float32).cpu()
                     counts = [
                         (a.view(torch.uint8) != b.view(torch.uint8)).sum().item()
                         for a, b in zip(got, expected)

@@ -219,9 +219,9 @@ def main():
     heads = "{:6}{:28}{:>9}{:>9}{:>8}{:>10}{:>8}{:>9}{:>6}{:>7}"
     print(heads.format("", "", "batch", "ms", "spread", "tokens/s", "GiB", "reserved", "MFU", "1st s"))
     for size, what, batches in jobs:
-        if chosen.only and not any(word in what for word in chosen.only):
-            continue
         batches = [batch for batch in batches if not chosen.batch or f"{batch[0]}x{batch[1]}" in chosen.batch]
+        if not batches or chosen.only and not any(word in what for word in chosen.only):
+            continue
         # A process of its own: what the one before has left on the GPU is not counted.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             record += pool.submit(measure_all, size, what, batches, device, rate, chosen.profile).result()
