@@ -21,7 +21,7 @@ import minifp4
 from minifp4 import chat, checkpoint
 from minifp4.cli import check, choose_device, given, option, run, spellings
 from minifp4.files import only_user, remove, replacing
-from minifp4.memory import GIB, Memory
+from minifp4.memory import GIB, Memory, one_growing_segment
 from minifp4.packed import bytes_of
 from minifp4.precision import FLOATS, KINDS, MASTERS
 from minifp4.step import Step
@@ -184,6 +184,7 @@ def main(settings):
     settings, source = find_start(settings)
     device = choose_device(settings.device)
     check_together(settings, device)
+    one_growing_segment()
     memory = Memory(device, settings.memory_limit_gb)
     with memory.phase("load"):
         model, tokenizer = prepare_model(settings, source, device)

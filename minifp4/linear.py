@@ -61,6 +61,8 @@ class Linear(nn.Module):
     kept_scale: the group's scale of dense weights since the last `refit_global_scales`, else None.
     decoded: what the product reads, kept while weights do not change (`Qwen3.decoded`), else None.
     unread: nobody reads the product now, only its derivatives are wanted (`model.Recomputation`).
+    on_gradient: a function (slice of rows, their gradient), or None. `cross_entropy` gives it the gradient
+    of the head some rows at a time, and autograd none: the whole is as large as the dense matrix.
     """
 
     def __init__(self, in_features, out_features):
@@ -68,7 +70,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("kept_scale", None, persistent=False)
         self.quantized, self.group, self.decoded, self.kernels = False, [self], None, EAGER
-        self.unread = False
+        self.unread, self.on_gradient = False, None
 
     def global_scale(self):
         """The fp32 [] scale of the group's weights; None if the product reads the weight as it is stored."""
@@ -94,13 +96,16 @@ class Linear(nn.Module):
 
 class Embedding(nn.Module):
     """Rows of `weight` by number, in `dtype`. Quantized only where the matrix is the NVFP4 head's too
-    (tied)."""
+    (tied).
+
+    on_gradient: gets the gradient some rows at a time, as with `Linear`.
+    """
 
     def __init__(self, rows, features):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, features))
         self.register_buffer("kept_scale", None, persistent=False)
-        self.quantized, self.group, self.kernels = False, [self], EAGER
+        self.quantized, self.group, self.kernels, self.on_gradient = False, [self], EAGER, None
 
     global_scale = Linear.global_scale
 
@@ -109,7 +114,7 @@ class Embedding(nn.Module):
         return weight_value(self.weight, self.global_scale(), dtype)
 
     def forward(self, ids, dtype):
-        return _LookUp.apply(ids, self.weight, self.global_scale(), dtype)
+        return _LookUp.apply(ids, self.weight, self.global_scale(), dtype, self.on_gradient)
 
 
 def group_scale(layer):
@@ -173,16 +178,24 @@ class _MatrixProduct(torch.autograd.Function):
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, global_scale, dtype):
+    def forward(ctx, ids, weight, global_scale, dtype, on_gradient):
         ctx.save_for_backward(ids, weight)
+        ctx.on_gradient = on_gradient
         return weight_value(weight, global_scale, dtype, ids.flatten()).unflatten(0, ids.shape)
 
     @staticmethod
     def backward(ctx, dy):
         ids, weight = ctx.saved_tensors
-        # Sums the same word's rows in a fixed order, which index_add on a GPU does not.
-        dweight = torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)
-        return None, dweight, None, None
+        # `embedding_dense_backward` sums a word's rows in a fixed order, which index_add on a GPU does not.
+        if ctx.on_gradient is None:
+            dweight = torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)
+            return None, dweight, None, None, None
+        for words in row_slices(len(weight), WORDS):
+            count = words.stop - words.start  # row `count` is for all other words, and dropped
+            ours = torch.where((ids >= words.start) & (ids < words.stop), ids - words.start, count)
+            rows = torch.ops.aten.embedding_dense_backward(dy, ours, count + 1, -1, False)
+            ctx.on_gradient(words, rows[:count])
+        return None, None, None, None, None
 
 
 def cross_entropy(hidden, head, targets):
@@ -192,50 +205,62 @@ def cross_entropy(hidden, head, targets):
     For 2,048 tokens and Qwen3's 151,936 words the logits would fill 1.2 GB in fp32, their gradient as much
     again. Here they exist one slice of the vocabulary and one piece of the tokens at a time, in both
     passes: the forward pass keeps only logsumexp, one number a token, from which the backward pass makes
-    the probabilities again.
+    the probabilities again. The head's gradient is as large as a dense head; `head.on_gradient` takes it
+    slice by slice.
     """
-    return _CrossEntropy.apply(hidden, head.weight, head.global_scale(), targets, head.kernels)
+    return _CrossEntropy.apply(
+        hidden, head.weight, head.global_scale(), targets, head.kernels, head.on_gradient
+    )
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, global_scale, targets, kernels):
+    def forward(ctx, hidden, weight, global_scale, targets, kernels, on_gradient):
         total = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)  # logsumexp so far, [N]
         wanted = torch.zeros_like(total)  # the target's logit, [N]
-        for tokens, words, w4 in _pieces(hidden, weight, global_scale, kernels):
-            log_sum, target = kernels.log_sum(hidden[tokens] @ w4.T, targets[tokens] - words.start)
-            total[tokens] = torch.logaddexp(total[tokens], log_sum)
-            wanted[tokens] += target
+        for words, w4 in _slices(weight, global_scale, hidden.dtype, kernels):
+            for tokens in _tokens(hidden, w4):
+                log_sum, target = kernels.log_sum(hidden[tokens] @ w4.T, targets[tokens] - words.start)
+                total[tokens] = torch.logaddexp(total[tokens], log_sum)
+                wanted[tokens] += target
         learned = targets != IGNORE
         share = learned / learned.sum()  # of each token in the mean
         ctx.save_for_backward(hidden, weight, targets, total, share)
-        ctx.global_scale, ctx.kernels = global_scale, kernels
+        ctx.global_scale, ctx.kernels, ctx.on_gradient = global_scale, kernels, on_gradient
         return ((total - wanted) * share).sum()
 
     @staticmethod
     def backward(ctx, dloss):
         hidden, weight, targets, total, share = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = hidden.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = hidden.new_empty(weight.shape) if wants_weight and ctx.on_gradient is None else None
         dtoken = dloss * share
-        for tokens, words, w4 in _pieces(hidden, weight, ctx.global_scale, ctx.kernels):
-            logits = hidden[tokens] @ w4.T
-            dlogits = ctx.kernels.dlogits(
-                logits, targets[tokens] - words.start, total[tokens], dtoken[tokens]
-            )
-            if dhidden is not None:  # beta 0: the first piece overwrites what was there
-                dhidden[tokens].addmm_(dlogits, w4, beta=float(words.start > 0))
-            if dweight is not None:
-                dweight[words].addmm_(dlogits.T, hidden[tokens], beta=float(tokens.start > 0))
-        return dhidden, dweight, None, None, None
+        for words, w4 in _slices(weight, ctx.global_scale, hidden.dtype, ctx.kernels):
+            rows = torch.empty_like(w4) if dweight is None else dweight[words]
+            for tokens in _tokens(hidden, w4):
+                logits = hidden[tokens] @ w4.T
+                dlogits = ctx.kernels.dlogits(
+                    logits, targets[tokens] - words.start, total[tokens], dtoken[tokens]
+                )
+                if wants_hidden:  # beta 0: the first piece overwrites what was there
+                    dhidden[tokens].addmm_(dlogits, w4, beta=float(words.start > 0))
+                if wants_weight:
+                    rows.addmm_(dlogits.T, hidden[tokens], beta=float(tokens.start > 0))
+            if wants_weight and ctx.on_gradient is not None:
+                ctx.on_gradient(words, rows)
+        return dhidden, dweight, None, None, None, None
 
 
-def _pieces(hidden, weight, global_scale, kernels):
-    """(slice of the tokens, slice of the vocabulary, that part of the weight) for all pairs of them."""
+def _slices(weight, global_scale, dtype, kernels):
+    """(slice of the vocabulary, that part of the weight) for all slices."""
     for words in row_slices(len(weight), WORDS):
-        w4 = weight_value(weight, global_scale, hidden.dtype, words, kernels)
-        for tokens in row_slices(len(hidden), max(1, LOGITS // len(w4))) or [slice(0, 0)]:
-            yield tokens, words, w4
+        yield words, weight_value(weight, global_scale, dtype, words, kernels)
+
+
+def _tokens(hidden, w4):
+    """Slices of the tokens whose logits of these words fit into one piece."""
+    return row_slices(len(hidden), max(1, LOGITS // len(w4))) or [slice(0, 0)]
 
 
 def _log_sum(logits, targets):

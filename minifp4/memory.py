@@ -5,7 +5,9 @@ are the process's, interpreter and libraries included; `roles` counts the tensor
 """
 
 import contextlib
+import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +21,18 @@ ADVICE = {  # what lowers the peak of a phase
     "step": "--step-in-backward, or --step-chunk-rows",
     "save": "closing other programs",
 }
+
+
+def one_growing_segment():
+    """Ask torch's GPU allocator, before it is first used, for segments that grow instead of many of fixed
+    size: in those, little is left unusable between tensors that come and go. `PYTORCH_ALLOC_CONF` overrules.
+    """
+    if sys.platform == "linux":  # elsewhere torch warns that it cannot
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+class Shortage(ValueError):
+    """Memory is not enough; the text says for what, and what lowers it."""
 
 
 class Memory:
@@ -49,12 +63,13 @@ class Memory:
         except (RuntimeError, MemoryError) as error:
             if not _is_shortage(error):
                 raise
-            raise ValueError(self._shortage(error)) from None
-        allocated, peak = self.now()
-        old = self.phases.get(name, {"before": 0, "allocated": 0, "peak": 0})
-        new = {"before": before, "allocated": allocated, "peak": peak}
-        self.phases[name] = {key: max(old[key], new[key]) for key in new}
-        self.current = outer
+            raise Shortage(self._shortage(error)) from None
+        finally:
+            allocated, peak = self.now()
+            old = self.phases.get(name, {"before": 0, "allocated": 0, "peak": 0})
+            new = {"before": before, "allocated": allocated, "peak": peak}
+            self.phases[name] = {key: max(old[key], new[key]) for key in new}
+            self.current = outer
 
     def now(self):
         """(bytes in use, their peak since the phase began)"""
@@ -75,6 +90,8 @@ class Memory:
         used = f"{(self.now()[0] - self.base) / GIB:.2f} GiB were in use"
         if self.base:
             used += " beside the interpreter"
+        if self.device.type == "cuda":
+            used += f" ({torch.cuda.memory_reserved(self.device) / GIB:.2f} with what the allocator keeps)"
         if wanted := re.search(r"allocate ([\d.]+) (\w+)", str(error)):
             size, unit = float(wanted[1]), wanted[2]  # "742.00 MiB" on a GPU, "13762560 bytes" on a CPU
             used += f" and {size / 2**20:.2f} MiB" if unit == "bytes" else f" and {size} {unit}"
@@ -100,7 +117,6 @@ def _process():
         return tuple(int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) * 1024 for key in ("VmRSS", "VmHWM"))
     except OSError:  # not Linux
         import resource  # not on Windows
-        import sys
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return peak, peak

@@ -231,18 +231,17 @@ class AdamW:
         self._hyper[:, Hyper._fields.index("grad_scale")] = grad_scale
         for name, p in self.parameters.items():
             if p.grad is not None:
-                self.update(name, p, ok)
+                self.update(name, p.grad, ok)
 
     @torch.no_grad()
     def grad_norm(self):
         """The norm of all gradients together, fp32 []; once a step, after `begin`."""
         for name, p in self.parameters.items():
             if p.grad is not None:
-                self._surveys[name] = self._survey_of(p)
+                self._surveys[name] = self._survey_of(_matrix(p.grad))
         return self.squares.sqrt()
 
-    def _survey_of(self, p):
-        grad = _matrix(p.grad)
+    def _survey_of(self, grad):
         if self.compiled:
             return self._survey(pairs(grad), self.squares, grad.dtype)
         # Not in pieces of `chunk_rows`: the sum's bits depend on them.
@@ -251,19 +250,24 @@ class AdamW:
         return torch.cat(largest), sum(squares)
 
     @torch.no_grad()
-    def update(self, name, p, ok=None):
-        """Update one parameter, if its gradient is finite; the gradient's squares are added to `squares`."""
-        grad, number, stores = _matrix(p.grad), self._numbers[name], self.stores[name]
-        largest, squares = self._surveys.pop(name, None) or self._survey_of(p)
+    def update(self, name, grad, ok=None, first_row=0):
+        """Update one parameter by its gradient, if that is finite, and add its squares to `squares`.
+
+        A matrix may also be updated some rows at a time, those from `first_row` on; with the same result.
+        """
+        number, stores, decays = self._numbers[name], self.stores[name], grad.dim() == 2
+        grad = _matrix(grad)
+        largest, squares = self._surveys.pop(name, None) or self._survey_of(grad)
         for rows in self._pieces(grad):
-            first = self._zero + rows.start * grad.shape[1] if rows.start else self._zero
-            parts = [store.rows(rows) for store in stores]
+            start = first_row + rows.start
+            first = self._zero + start * grad.shape[1] if start else self._zero
+            parts = [store.rows(slice(start, first_row + rows.stop)) for store in stores]
             blocks, limits = pairs(one_block_a_row(grad[rows])), largest[rows]
             if self.compiled:
                 any_length(blocks, limits, *(tensor for part in parts for tensor in part.values()))
             moved = self._update(
                 stores, parts, blocks, limits, squares, first, self._keys[number],
-                self._hyper[0 if p.dim() == 2 else 1], self._true if ok is None else ok,
+                self._hyper[0 if decays else 1], self._true if ok is None else ok,
                 grad_dtype=grad.dtype, stochastic=self.stochastic,
                 stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
             )  # fmt: skip

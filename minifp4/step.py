@@ -7,8 +7,10 @@ weights and moments in NVFP4 together.
 In the backward pass (`in_backward`). As soon as autograd has a weight's gradient complete (of a tied weight:
 the sum of both uses), a hook updates the weight and drops the gradient. The layers that the backward pass
 still has to visit do not read that weight any more. At most one gradient exists at a time, and every weight
-gets bit for bit what the plain step gives it. What cannot be had is clipping by the norm of all gradients,
-for it is known only when the first weights have been updated; AdamW bounds each update by itself.
+gets bit for bit what the plain step gives it. The largest matrices, head and embedding, get theirs some rows
+at a time; only if they are tied, the head's part must wait for the embedding's. What cannot be had is
+clipping by the norm of all gradients, for it is known only when the first weights have been updated; AdamW
+bounds each update by itself.
 
 As a CUDA graph (`graph`). A small batch takes a GPU less time than Python needs to launch the step's
 thousands of kernels. So the second step with a batch of some shape is recorded, and each later one is one
@@ -22,10 +24,12 @@ small. A gradient then lives until its update is over, so a few may wait (`BEHIN
 """
 
 import contextlib
+from functools import partial
 
 import torch
 
 from .linear import IGNORE
+from .memory import Shortage
 
 BEHIND = 2**27  # bytes of gradients that may wait for their update in a recorded step
 GRAPHS = 8  # shapes of batches that are recorded; others run kernel by kernel
@@ -57,16 +61,24 @@ class Step:
         self._seen, self._recorded, self._pool = set(), {}, None
         self._hooks = []
         self._beside, self._waiting = None, []  # the stream of updates; [(event after it, gradient)]
+        self._head_rows = {}  # of a tied head's gradient: {first row: rows}
         if in_backward:
-            for name, p in optimizer.parameters.items():
-                self._hooks.append(
-                    p.register_post_accumulate_grad_hook(lambda p, name=name: self._hook(name, p))
-                )
+            self._add_hooks()
+
+    def _add_hooks(self):
+        """Have each gradient brought to `_update` and dropped."""
+        vocabulary = self.model.model.embed_tokens, self.model.lm_head
+        for name, p in self.optimizer.parameters.items():
+            self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._hook, name)))
+            for module in vocabulary:
+                if module.weight is p:
+                    module.on_gradient = partial(self._rows, name, module)
 
     def close(self):
         """Take the hooks off the parameters, and give back the memory of recorded steps."""
         for hook in self._hooks:
             hook.remove()
+        self.model.model.embed_tokens.on_gradient = self.model.lm_head.on_gradient = None
         self._recorded.clear()
         self._pool = None
 
@@ -77,16 +89,17 @@ class Step:
         shape = batches[0][0].shape
         if not self.graph or len(batches) > 1 or shape.numel() > SMALL:
             return self._run(batches)
-        if shape in self._recorded:
-            return self._replay(shape, batches[0])
-        if shape in self._seen and len(self._recorded) < GRAPHS:  # all kernels of this shape are compiled now
-            self._record(shape, batches[0])
-            return self._replay(shape, batches[0])
+        if shape in self._seen and shape not in self._recorded and len(self._recorded) < GRAPHS:
+            self._recorded[shape] = self._record(batches[0])  # all its kernels are compiled now
         self._seen.add(shape)
+        if recorded := self._recorded.get(shape):
+            return self._replay(*recorded, batches[0])
         return self._run(batches)
 
     def _run(self, batches):
         """The step, kernel by kernel."""
+        self._waiting.clear()
+        self._head_rows.clear()  # of a step that did not end
         learned = [(labels[:, 1:] != IGNORE).sum() for _, labels in batches]
         shares = [count / sum(learned) for count in learned]
         total = torch.zeros((), device=self.model.device)
@@ -97,7 +110,7 @@ class Step:
             self._ok = loss.detach().isfinite()
             with self.phase("backward"):
                 loss.backward()
-                self._count_gradients(self.optimizer.parameters.values())
+                self._count_gradients(p.grad for p in self.optimizer.parameters.values())
                 self._let_finish(0)
         if not self.in_backward:
             with self.phase("step"):
@@ -111,16 +124,30 @@ class Step:
         return total, norm
 
     def _hook(self, name, p):
-        self._count_gradients([p])  # the others have been dropped, or are still to come
+        if p.grad is not None:  # it may have come by rows
+            self._update(name, p.grad)
+            p.grad = None
+
+    def _rows(self, name, module, rows, gradient):
+        """The gradient of some rows of head or embedding. If both are one weight, the head comes first."""
+        head, embedding = self.model.lm_head, self.model.model.embed_tokens
+        if module is head and head.weight is embedding.weight:
+            self._head_rows[rows.start] = gradient
+            return
+        if rows.start in self._head_rows:
+            gradient = self._head_rows.pop(rows.start).add_(gradient)
+        self._update(name, gradient, rows.start)
+
+    def _update(self, name, gradient, first_row=0):
+        self._count_gradients([gradient])  # the others have been dropped, or are still to come
         if self._beside is None:
-            self.optimizer.update(name, p, self._ok)
-        else:
-            self._beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._beside):
-                self.optimizer.update(name, p, self._ok)
-            self._waiting.append((self._beside.record_event(), p.grad))
-            self._let_finish(BEHIND)
-        p.grad = None
+            self.optimizer.update(name, gradient, self._ok, first_row)
+            return
+        self._beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._beside):
+            self.optimizer.update(name, gradient, self._ok, first_row)
+        self._waiting.append((self._beside.record_event(), gradient))
+        self._let_finish(BEHIND)
 
     def _let_finish(self, size):
         """Drop the oldest waiting gradients until `size` bytes are left, each when its update is over."""
@@ -128,24 +155,41 @@ class Step:
             event, _ = self._waiting.pop(0)
             torch.cuda.current_stream().wait_event(event)
 
-    def _count_gradients(self, parameters):
-        now = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-        now += sum(gradient.nbytes for _, gradient in self._waiting)
+    def _count_gradients(self, gradients):
+        kept = [gradient for _, gradient in self._waiting] + [*self._head_rows.values()]
+        now = sum(gradient.nbytes for gradient in (*gradients, *kept) if gradient is not None)
         self.gradient_bytes = max(self.gradient_bytes, now)
 
-    def _record(self, shape, batch):
-        """Record the step with batches of this shape; this runs nothing."""
+    def _record(self, batch):
+        """(graph, its inputs, its outputs) of the step with batches of this shape; this runs nothing.
+
+        None if a recorded step finds too little memory: it cannot use what others have left cached.
+        """
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the recorded step allocates is its own
         inputs = [tensor.clone() for tensor in batch]
         graph, self._beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(priority=-1)):
-            outputs = self._run([inputs])
-        self._pool, self._beside = graph.pool(), None
-        self._recorded[shape] = graph, inputs, outputs
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(priority=-1)):
+                outputs = self._run_beside([inputs])
+        except (Shortage, torch.OutOfMemoryError):
+            self.optimizer.zero_grad()
+            return None
+        finally:
+            self._beside = None
+        self._pool = graph.pool()
+        return graph, inputs, outputs
 
-    def _replay(self, shape, batch):
-        graph, inputs, outputs = self._recorded[shape]
+    def _run_beside(self, batches):
+        """`_run` with updates on a stream of their own. Both belong to the recorded step, however it ends."""
+        main = torch.cuda.current_stream()
+        self._beside.wait_stream(main)
+        try:
+            return self._run(batches)
+        finally:
+            main.wait_stream(self._beside)
+
+    def _replay(self, graph, inputs, outputs, batch):
         for mine, theirs in zip(inputs, batch):
             mine.copy_(theirs, non_blocking=True)
         graph.replay()

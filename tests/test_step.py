@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_model
 
-from minifp4 import AdamW, checkpoint
+from minifp4 import AdamW, checkpoint, linear
 from minifp4.files import bits
 from minifp4.step import Step
 
@@ -46,14 +46,18 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_step_in_the_backward_pass_gives_the_same_bits(tied):
+def test_a_step_in_the_backward_pass_gives_the_same_bits(tied, monkeypatch):
     """A tied weight is updated once, when both of its gradients have been added."""
+    monkeypatch.setattr(linear, "WORDS", 100)  # rows of head and embedding at a time
     plain, _ = stepped(False, tied=tied)
     hooked, step = stepped(True, tied=tied)
     assert equal(plain, hooked)
-    sizes = [p.numel() * 4 for p in step.optimizer.parameters.values()]
-    assert step.gradient_bytes == max(sizes)  # fp32 gradients here, one at a time
     assert all(p.grad is None for p in step.optimizer.parameters.values())
+    sizes = {name: p.numel() * 4 for name, p in step.optimizer.parameters.items()}  # fp32 gradients
+    a_slice = 100 * step.model.config.hidden_size * 4
+    vocabulary = [sizes.pop(name) for name in list(sizes) if "embed" in name or "head" in name]
+    # One at a time, but a tied head's waits for that of the embedding.
+    assert step.gradient_bytes == max(a_slice, *sizes.values()) + (vocabulary[0] if tied else 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -73,6 +77,23 @@ def test_a_recorded_step_gives_the_same_bits(in_backward, tied):
         tensor.copy_(old)
     recorded, step = stepped(in_backward, start=start, steps=3, graph=True)
     assert len(step._recorded) == 1 and equal(eager, recorded)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("in_backward", [False, True], ids=["plain", "in backward"])
+def test_a_step_too_large_to_be_recorded_runs_kernel_by_kernel(in_backward, monkeypatch):
+    expected, _ = stepped(in_backward, start=prepared(device="cuda"))
+    model, optimizer = prepared(device="cuda")
+    update = optimizer.update
+
+    def too_large(name, *rest):
+        if torch.cuda.is_current_stream_capturing() and "layers.0" in name:
+            raise torch.OutOfMemoryError("as the allocator does")
+        return update(name, *rest)
+
+    monkeypatch.setattr(optimizer, "update", too_large)
+    found, step = stepped(in_backward, start=(model, optimizer), graph=True)
+    assert list(step._recorded.values()) == [None] and equal(expected, found)
 
 
 def test_after_close_gradients_stay():

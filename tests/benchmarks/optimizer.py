@@ -54,7 +54,9 @@ def ours(shape, kind, device):
     optimizer = minifp4.AdamW([("weight", p)], lr=1e-5, state=state, compile=device == "cuda")
     kept = bytes_of(x) + optimizer.nbytes()
     optimizer.step()
-    return recorded(optimizer.step, lambda: optimizer.update("weight", p), device), 2 * kept + p.grad.nbytes
+    return recorded(
+        optimizer.step, lambda: optimizer.update("weight", p.grad), device
+    ), 2 * kept + p.grad.nbytes
 
 
 def recorded(warm_up, function, device):

@@ -29,6 +29,7 @@ from timing import place, seconds
 
 import minifp4
 from minifp4 import checkpoint, packed
+from minifp4.memory import one_growing_segment
 from minifp4.model import Config, Qwen3
 from minifp4.step import Step
 
@@ -70,6 +71,7 @@ def our_model(config, master, device):
 def ours(config, what, device):
     """A function (ids, checkpointing) -> one step."""
     master, state = OURS[what]
+    one_growing_segment()
     model = our_model(config, master, device)
     if device == "cuda":
         model.compile_parts()
