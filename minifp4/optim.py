@@ -166,6 +166,7 @@ class AdamW:
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.stochastic, self.state = rounding == "stochastic", state
         self.chunk_rows, self.seed, self.steps = chunk_rows, seed, 0
+        self._begun = 0  # steps of this process
         self._numbers = {name: number for number, name in enumerate(self.parameters)}
         self.stores = {name: self._stores(p) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
@@ -214,6 +215,7 @@ class AdamW:
     def begin(self):
         """Count a step and bring its numbers to the device. Then `apply`, or `update` each parameter once."""
         self.steps += 1
+        self._begun += 1
         t = self.steps
         gains = 1 / (1 - self.beta1**t), (1 - self.beta2**t) ** -0.5
         hyper = [
@@ -265,6 +267,8 @@ class AdamW:
             blocks, limits = pairs(one_block_a_row(grad[rows])), largest[rows]
             if self.compiled:
                 any_length(blocks, limits, *(tensor for part in parts for tensor in part.values()))
+                if self._begun == 1:
+                    _make_room(parts)
             moved = self._update(
                 stores, parts, blocks, limits, squares, first, self._keys[number],
                 self._hyper[0 if decays else 1], self._true if ok is None else ok,
@@ -288,6 +292,16 @@ class AdamW:
 
     def reset_moved(self):
         self.moved_sums.zero_()
+
+
+def _make_room(parts):
+    """Let the compiler choose the size of thread blocks well, when it runs `update` for the first time.
+
+    It times several on copies of what a kernel writes. It keeps them on the GPU only as far as memory's peak
+    allows, else on the CPU, and then times the way from there instead of the kernel. So: raise the peak.
+    """
+    tensors = [tensor for part in parts for tensor in part.values()]
+    torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device=tensors[0].device)
 
 
 def _matrix(p):

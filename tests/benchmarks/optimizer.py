@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import place, seconds
+from timing import place, recorded, seconds
 from train_step import config_of
 
 import minifp4
@@ -54,20 +54,7 @@ def ours(shape, kind, device):
     optimizer = minifp4.AdamW([("weight", p)], lr=1e-5, state=state, compile=device == "cuda")
     kept = bytes_of(x) + optimizer.nbytes()
     optimizer.step()
-    return recorded(
-        optimizer.step, lambda: optimizer.update("weight", p.grad), device
-    ), 2 * kept + p.grad.nbytes
-
-
-def recorded(warm_up, function, device):
-    """The function as a CUDA graph, so that the time is the GPU's and not Python's."""
-    if device != "cuda":
-        return function
-    warm_up()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    return recorded(lambda: optimizer.update("weight", p.grad), device), 2 * kept + p.grad.nbytes
 
 
 def theirs(shape, what, device):
