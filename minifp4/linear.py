@@ -41,7 +41,7 @@ from .packed import Packed, dense, refit, refit_parts
 
 IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
 WORDS = 16384  # of the vocabulary that `cross_entropy` looks at at once
-LOGITS = 2**27  # numbers in its largest piece of logits: 256 MiB in bf16
+LOGITS = 2**25  # numbers in its largest piece of logits: 64 MiB in bf16
 
 
 class Kernels(NamedTuple):

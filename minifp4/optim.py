@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import any_length, compiled, limited, magnitude_bits, pairs, row_chunks, unpaired
+from .nvfp4 import BLOCK, any_length, compiled, limited, magnitude_bits, pairs, row_chunks, unpaired
 from .precision import (
     Blocks,
     counter_bits,
@@ -45,9 +45,7 @@ from .precision import (
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above all before it asks for more
-ONE_KERNEL = {  # options of the compiler: by default it splits `update`, and tries few sizes of thread blocks
-    "max_fusion_size": 512, "coordinate_descent_tuning": True,
-}  # fmt: skip
+ONE_KERNEL = {"max_fusion_size": 512}  # for the compiler, which would split `update`
 
 
 class Hyper(NamedTuple):
@@ -145,6 +143,31 @@ def survey(grad, squares, grad_dtype):
     return bits.amax(1, keepdim=True).view(torch.float32), total
 
 
+def a_block_a_thread(function):
+    """The compiled `function`, where a GPU's thread does one block of 16 and exchanges nothing with others.
+
+    The compiler would try a few ways when the kernel first runs. But it times them together with copies of
+    all that the kernel writes, and some of its choices took two or three times as long.
+    """
+    from torch._inductor.choices import InductorChoices  # here, because these take two seconds to import
+    from torch._inductor.codegen.triton import FixedTritonConfig
+    from torch._inductor.virtualized import V
+
+    class Choices(InductorChoices):
+        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+            if features.reduction_numel != BLOCK // 2:  # not over the pairs of a block
+                return kernel_kwargs
+            return {**kernel_kwargs, "fixed_config": FixedTritonConfig({"XBLOCK": 128, "num_warps": 4})}
+
+    choices = Choices()
+
+    def call(*values, **settings):
+        with V.set_choices_handler(choices):
+            return function(*values, **settings)
+
+    return call
+
+
 class AdamW:
     """`AdamW(model.named_parameters(), lr=1e-4, state="nvfp4")`, then `step()` and `zero_grad()` as in torch.
 
@@ -166,15 +189,14 @@ class AdamW:
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.stochastic, self.state = rounding == "stochastic", state
         self.chunk_rows, self.seed, self.steps = chunk_rows, seed, 0
-        self._begun = 0  # steps of this process
         self._numbers = {name: number for number, name in enumerate(self.parameters)}
         self.stores = {name: self._stores(p) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
         self.compiled = device.type == "cuda" if compile is None else compile
-        self._update, self._survey = (
-            compiled(function, options=ONE_KERNEL) if self.compiled else function
-            for function in (update, survey)
-        )
+        self._update, self._survey = update, survey
+        if self.compiled:
+            self._update = a_block_a_thread(compiled(update, options=ONE_KERNEL))
+            self._survey = compiled(survey)
         # What differs from step to step lies on the device: Hyper for matrices and for vectors, and a key for
         # each parameter.
         self._hyper = torch.zeros(2, len(Hyper._fields), device=device)
@@ -215,7 +237,6 @@ class AdamW:
     def begin(self):
         """Count a step and bring its numbers to the device. Then `apply`, or `update` each parameter once."""
         self.steps += 1
-        self._begun += 1
         t = self.steps
         gains = 1 / (1 - self.beta1**t), (1 - self.beta2**t) ** -0.5
         hyper = [
@@ -267,8 +288,6 @@ class AdamW:
             blocks, limits = pairs(one_block_a_row(grad[rows])), largest[rows]
             if self.compiled:
                 any_length(blocks, limits, *(tensor for part in parts for tensor in part.values()))
-                if self._begun == 1:
-                    _make_room(parts)
             moved = self._update(
                 stores, parts, blocks, limits, squares, first, self._keys[number],
                 self._hyper[0 if decays else 1], self._true if ok is None else ok,
@@ -292,16 +311,6 @@ class AdamW:
 
     def reset_moved(self):
         self.moved_sums.zero_()
-
-
-def _make_room(parts):
-    """Let the compiler choose the size of thread blocks well, when it runs `update` for the first time.
-
-    It times several on copies of what a kernel writes. It keeps them on the GPU only as far as memory's peak
-    allows, else on the CPU, and then times the way from there instead of the kernel. So: raise the peak.
-    """
-    tensors = [tensor for part in parts for tensor in part.values()]
-    torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device=tensors[0].device)
 
 
 def _matrix(p):

@@ -41,7 +41,7 @@ class Step:
 
     The gradient is that of the mean loss over all tokens learned in `batches`; `norm` is its norm. A step
     whose loss or gradient is not finite leaves the weights alone and counts in `skipped`; with `in_backward`
-    a weight is left alone if its own gradient is not finite.
+    those are left alone whose own gradient is not finite.
 
     grad_clip: largest norm of the gradient, 0: any; refused with `in_backward`. kind: of the loss.
     memory: `memory.Memory`, to record the phases.

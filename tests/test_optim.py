@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import minifp4
 from minifp4 import nvfp4, optim, packed, precision
@@ -254,6 +255,23 @@ def test_moved_is_one_when_all_updates_arrive(dtype):
     assert math.isnan(optimizer.moved())
     descend(weight, loss, optimizer, 30)
     assert optimizer.moved() == pytest.approx(1, abs=1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("state", ["bf16", "int8", "nvfp4"])
+@pytest.mark.parametrize("kind", MASTERS)
+def test_on_a_gpu_an_update_is_one_kernel(kind, state):
+    """All of it, from reading codes to writing them, and with a chosen size of thread blocks."""
+    weight = torch.nn.Parameter(MASTERS[kind](torch.randn(256, 128, device="cuda")))
+    weight.grad_dtype = torch.bfloat16
+    weight.grad = torch.randn(256, 128, device="cuda").bfloat16()
+    optimizer = minifp4.AdamW([("w", weight)], state=state)
+    optimizer.begin()
+    with fresh_cache():
+        torch._dynamo.reset()
+        _, codes = run_and_get_code(optimizer.update, "w", weight.grad)
+    _, code = codes  # of `survey`, of `update`
+    assert code.count("fixed_config(") == 1 and code.count("@triton.jit") <= 2  # a small one for bounds
 
 
 def test_bad_settings_are_refused():
