@@ -21,7 +21,7 @@ import minifp4
 from minifp4 import chat, checkpoint
 from minifp4.cli import check, choose_device, given, option, run, spellings
 from minifp4.files import only_user, remove, replacing
-from minifp4.memory import GIB, Memory, one_growing_segment
+from minifp4.memory import GIB, Memory
 from minifp4.packed import bytes_of
 from minifp4.precision import FLOATS, KINDS, MASTERS
 from minifp4.step import Step
@@ -184,7 +184,6 @@ def main(settings):
     settings, source = find_start(settings)
     device = choose_device(settings.device)
     check_together(settings, device)
-    one_growing_segment()
     memory = Memory(device, settings.memory_limit_gb)
     with memory.phase("load"):
         model, tokenizer = prepare_model(settings, source, device)
@@ -371,6 +370,10 @@ def train(step, tokenizer, examples, settings, start, save, memory):
     tokens, since, optimizer = 0, time.perf_counter(), step.optimizer
     metrics = Path(settings.out) / "metrics.jsonl"
     keep_metrics(metrics, start)
+    if optimizer.compiled:
+        print(
+            "note    the first step compiles, which may take a minute; --no-compile does without", flush=True
+        )
     for number in range(start, settings.steps):
         batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
         optimizer.lr = learning_rate(settings, number)

@@ -6,6 +6,7 @@ are the process's, interpreter and libraries included; `roles` counts the tensor
 
 import contextlib
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -25,10 +26,13 @@ ADVICE = {  # what lowers the peak of a phase
 
 def one_growing_segment():
     """Ask torch's GPU allocator, before it is first used, for segments that grow instead of many of fixed
-    size: in those, little is left unusable between tensors that come and go. `PYTORCH_ALLOC_CONF` overrules.
+    size: in those, little is left unusable between tensors that come and go. A user's own settings stay.
     """
-    if sys.platform == "linux":  # elsewhere torch warns that it cannot
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        return
+    # Windows has none, and under WSL the first allocation may fail (pytorch issue 192330).
+    if sys.platform == "linux" and "microsoft" not in platform.release().lower():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 class Shortage(ValueError):
@@ -44,6 +48,8 @@ class Memory:
 
     def __init__(self, device, limit_gib=None):
         self.device, self.limit_gib, self.phases, self.current = device, limit_gib, {}, "load"
+        if device.type == "cuda":
+            one_growing_segment()
         self.base = 0 if device.type == "cuda" else self.now()[0]  # the limit of a process is beside this
         if limit_gib is None:
             return

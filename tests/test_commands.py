@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, export, read_lines, small_directory, small_model, train
 
 import minifp4
-from minifp4 import AdamW, chat, cli
+from minifp4 import AdamW, chat, cli, memory
 from minifp4.model import Qwen3
 from minifp4.packed import dense
 from minifp4.step import Step
@@ -179,6 +179,25 @@ def test_memory_is_reported_and_limited(result, small, tsv, tmp_path, capsys):
     assert re.search(
         r"--memory-limit-gb 0.2 is not enough: in the phase '(forward|backward)' .* GiB .* --batch-size", err
     )
+
+
+@pytest.mark.parametrize(
+    "release, theirs, mine",
+    [
+        ("6.8.0-generic", None, "expandable_segments:True"),
+        ("6.8.0-generic", "backend:cudaMallocAsync", "backend:cudaMallocAsync"),
+        ("5.15.90.1-microsoft-standard-WSL2", None, None),  # there the first allocation may fail
+    ],
+)
+def test_the_allocator_is_set_only_where_it_works(release, theirs, mine, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("platform.release", lambda: release)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", theirs or "")
+    if theirs is None:
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    memory.one_growing_segment()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == mine
 
 
 def test_accumulated_batches_equal_one_large_batch():

@@ -73,7 +73,9 @@ def main():
             arguments += ["--memory-limit-gb", str(LIMIT)]
             torch.cuda.empty_cache()
         start = time.perf_counter()
-        subprocess.run([sys.executable, "train.py", *TRAIN.split(), *arguments], cwd=ROOT, check=True)
+        done = subprocess.run([sys.executable, "train.py", *TRAIN.split(), *arguments], cwd=ROOT)
+        if done.returncode:
+            sys.exit(f"train.py failed with exit code {done.returncode}")
         print(f"train.py took {time.perf_counter() - start:.1f} s in all")
 
 
