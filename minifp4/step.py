@@ -75,10 +75,17 @@ class Step:
                     module.on_gradient = partial(self._rows, name, module)
 
     def close(self):
-        """Take the hooks off the parameters, and give back the memory of recorded steps."""
+        """Take the hooks off the parameters, and forget recorded steps."""
         for hook in self._hooks:
             hook.remove()
         self.model.model.embed_tokens.on_gradient = self.model.lm_head.on_gradient = None
+        self._forget()
+
+    def _forget(self):
+        """Give back the memory of recorded steps. What the largest needs serves the smaller ones as well, but
+        not the reverse; so they are recorded again after it."""
+        if self._recorded:
+            torch.cuda.synchronize()  # none is still running
         self._recorded.clear()
         self._pool = None
 
@@ -89,8 +96,11 @@ class Step:
         shape = batches[0][0].shape
         if not self.graph or len(batches) > 1 or shape.numel() > SMALL:
             return self._run(batches)
-        if shape in self._seen and shape not in self._recorded and len(self._recorded) < GRAPHS:
-            self._recorded[shape] = self._record(batches[0])  # all its kernels are compiled now
+        if shape in self._seen and shape not in self._recorded:  # all its kernels are compiled now
+            if all(shape.numel() > other.numel() for other in self._recorded):
+                self._forget()
+            if len(self._recorded) < GRAPHS:
+                self._recorded[shape] = self._record(batches[0])
         self._seen.add(shape)
         if recorded := self._recorded.get(shape):
             return self._replay(*recorded, batches[0])

@@ -87,6 +87,19 @@ def test_a_recorded_step_gives_the_same_bits(in_backward, tied):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_largest_batch_is_recorded_first():
+    """Its memory serves smaller ones: those recorded before are forgotten, and recorded anew."""
+    model, optimizer = prepared(device="cuda")
+    step, pools = Step(model, optimizer, in_backward=True, graph=True), []
+    for tokens in (8, 8, 12, 12, 8, 8, 10, 10):
+        ids = IDS[:, :tokens].cuda()
+        step([(ids, ids)])
+        pools.append(step._pool)
+    assert [shape[1] for shape in step._recorded] == [12, 8, 10]
+    assert pools[0] is None and pools[1] != pools[3] and len(set(pools[3:])) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("in_backward", [False, True], ids=["plain", "in backward"])
 def test_a_step_too_large_to_be_recorded_runs_kernel_by_kernel(in_backward, monkeypatch):
     expected, _ = stepped(in_backward, start=prepared(device="cuda"))
