@@ -15,8 +15,7 @@ import torch
 
 GIB = 2**30
 ADVICE = {  # what lowers the peak of a phase
-    "load": "--master-dtype nvfp4 and --optimizer-state nvfp4",
-    "answer": "--master-dtype nvfp4 and --optimizer-state nvfp4",
+    **dict.fromkeys(("load", "answer"), "--master-dtype nvfp4 and --optimizer-state nvfp4"),
     "forward": "--activation-checkpointing, or a smaller --batch-size with --grad-accum",
     "backward": "--step-in-backward, or a smaller --batch-size with --grad-accum",
     "step": "--step-in-backward, or --step-chunk-rows",
