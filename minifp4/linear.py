@@ -233,11 +233,13 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         hidden, weight, targets, total, share = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        by_rows = wants_weight and ctx.on_gradient is not None
         dhidden = torch.empty_like(hidden) if wants_hidden else None
-        dweight = hidden.new_empty(weight.shape) if wants_weight and ctx.on_gradient is None else None
+        dweight = hidden.new_empty(weight.shape) if wants_weight and not by_rows else None
         dtoken = dloss * share
         for words, w4 in _slices(weight, ctx.global_scale, hidden.dtype, ctx.kernels):
-            rows = torch.empty_like(w4) if dweight is None else dweight[words]
+            if wants_weight:
+                rows = torch.empty_like(w4) if by_rows else dweight[words]
             for tokens in _tokens(hidden, w4):
                 logits = hidden[tokens] @ w4.T
                 dlogits = ctx.kernels.dlogits(
@@ -247,7 +249,7 @@ class _CrossEntropy(torch.autograd.Function):
                     dhidden[tokens].addmm_(dlogits, w4, beta=float(words.start > 0))
                 if wants_weight:
                     rows.addmm_(dlogits.T, hidden[tokens], beta=float(tokens.start > 0))
-            if wants_weight and ctx.on_gradient is not None:
+            if by_rows:
                 ctx.on_gradient(words, rows)
         return dhidden, dweight, None, None, None, None
 

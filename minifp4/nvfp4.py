@@ -301,7 +301,7 @@ def spread(x):
 def decode_rows(qdata, scale, global_scale):
     """The same, interleaved: fp32 [..., K]."""
     code = joined(qdata & 0xF, qdata >> 4).to(torch.int16)
-    values = ((code & 7) << 9 | (code & 8) << 12).view(torch.float16)  # as in `as_fp16`
+    values = fp16_bits(code & 7, code & 8).view(torch.float16)
     blocks = (values.float() * FP16_UNIT).unflatten(-1, (-1, BLOCK))
     return (blocks * (scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
 
@@ -357,9 +357,17 @@ def magnitude_code(raw, bits=None, further=0):
 def as_fp16(numbers, codes, further=0):
     """The values of `magnitude_code`'s numbers, with the signs of `codes`, in fp16 and times 2**-14: halves.
 
-    Both are laid out by `spread`, so that one operation serves two of them. An E2M1 number is an fp16 number
-    whose other bits are 0: put its sign, exponent and mantissa bits there. What is left to correct is the
-    exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16 subnormals.
+    Both are laid out by `spread`, so that one operation serves two of them.
     """
-    bits = numbers << 9 - further | (codes & 8 * BOTH) << 12
+    bits = fp16_bits(numbers, codes & 8 * BOTH, further)
     return tuple(half.to(torch.int16).view(torch.float16) for half in (bits, bits >> 16))
+
+
+def fp16_bits(numbers, signs, further=0):
+    """The bits of such an fp16 number; `signs`: bit 3 of the codes alone.
+
+    An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there.
+    What is left to correct is the exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16
+    subnormals.
+    """
+    return numbers << 9 - further | signs << 12

@@ -278,8 +278,8 @@ class AdamW:
 
         A matrix may also be updated some rows at a time, those from `first_row` on; with the same result.
         """
-        number, stores, decays = self._numbers[name], self.stores[name], grad.dim() == 2
-        grad = _matrix(grad)
+        stores, key = self.stores[name], self._keys[self._numbers[name]]
+        hyper, grad = self._hyper[0 if grad.dim() == 2 else 1], _matrix(grad)
         largest, squares = self._surveys.pop(name, None) or self._survey_of(grad)
         for rows in self._pieces(grad):
             start = first_row + rows.start
@@ -289,8 +289,7 @@ class AdamW:
             if self.compiled:
                 any_length(blocks, limits, *(tensor for part in parts for tensor in part.values()))
             moved = self._update(
-                stores, parts, blocks, limits, squares, first, self._keys[number],
-                self._hyper[0 if decays else 1], self._true if ok is None else ok,
+                stores, parts, blocks, limits, squares, first, key, hyper, self._true if ok is None else ok,
                 grad_dtype=grad.dtype, stochastic=self.stochastic,
                 stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
             )  # fmt: skip

@@ -67,12 +67,13 @@ class Step:
 
     def _add_hooks(self):
         """Have each gradient brought to `_update` and dropped."""
-        vocabulary = self.model.model.embed_tokens, self.model.lm_head
+        embedding, head = self.model.model.embed_tokens, self.model.lm_head
         for name, p in self.optimizer.parameters.items():
             self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._hook, name)))
-            for module in vocabulary:
-                if module.weight is p:
-                    module.on_gradient = partial(self._rows, name, module)
+            if p is embedding.weight:
+                embedding.on_gradient = partial(self._rows, name)
+            if p is head.weight:  # if tied, the embedding's part comes last
+                head.on_gradient = self._keep if p is embedding.weight else partial(self._rows, name)
 
     def close(self):
         """Take the hooks off the parameters, and forget recorded steps."""
@@ -138,12 +139,12 @@ class Step:
             self._update(name, p.grad)
             p.grad = None
 
-    def _rows(self, name, module, rows, gradient):
-        """The gradient of some rows of head or embedding. If both are one weight, the head comes first."""
-        head, embedding = self.model.lm_head, self.model.model.embed_tokens
-        if module is head and head.weight is embedding.weight:
-            self._head_rows[rows.start] = gradient
-            return
+    def _keep(self, rows, gradient):
+        """The gradient of some rows of a tied head."""
+        self._head_rows[rows.start] = gradient
+
+    def _rows(self, name, rows, gradient):
+        """The gradient of some rows of head or embedding, or what the embedding adds to a tied head's."""
         if rows.start in self._head_rows:
             gradient = self._head_rows.pop(rows.start).add_(gradient)
         self._update(name, gradient, rows.start)
@@ -173,10 +174,8 @@ class Step:
     def _record(self, batch):
         """(graph, its inputs, its outputs) of the step with batches of this shape; this runs nothing.
 
-        None if a recorded step finds too little memory: it cannot use what others have left cached.
+        None if a recorded step finds too little memory: what it allocates is its own.
         """
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the recorded step allocates is its own
         inputs = [tensor.clone() for tensor in batch]
         graph, self._beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         try:

@@ -192,10 +192,7 @@ def test_memory_is_reported_and_limited(result, small, tsv, tmp_path, capsys):
 def test_the_allocator_is_set_only_where_it_works(release, theirs, mine, monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr("platform.release", lambda: release)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", theirs or "")
-    if theirs is None:
-        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setattr("os.environ", {"PYTORCH_ALLOC_CONF": theirs} if theirs else {})
     memory.one_growing_segment()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == mine
 

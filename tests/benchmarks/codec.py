@@ -86,7 +86,6 @@ def speed(rows, columns, device):
         print("torchao is not installed: not compared")
     found = {}
     for name, (function, size) in ways.items():
-        function()
         if "compiled" in name or "copy" in name:
             function = recorded(function, device)
         times = [1e3 * time for time in seconds(function, device, 20)]

@@ -53,7 +53,7 @@ def ours(shape, kind, device):
     p.grad = torch.randn(shape, device=device).bfloat16()
     optimizer = minifp4.AdamW([("weight", p)], lr=1e-5, state=state, compile=device == "cuda")
     kept = bytes_of(x) + optimizer.nbytes()
-    optimizer.step()
+    optimizer.begin()
     return recorded(lambda: optimizer.update("weight", p.grad), device), 2 * kept + p.grad.nbytes
 
 

@@ -20,9 +20,10 @@ def seconds(function, device, repeats, warm_up=3):
 
 
 def recorded(function, device):
-    """The function as a CUDA graph, so that its time is the GPU's and not Python's; call it once before."""
+    """The function as a CUDA graph, so that its time is the GPU's and not Python's."""
     if device != "cuda":
         return function
+    function()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
