@@ -16,6 +16,8 @@ microseconds a megabyte. Only the weight itself is saved, and that exists anyway
 Biases do not occur in Qwen3's projections and are left out.
 """
 
+import math
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -40,8 +42,8 @@ from .nvfp4 import (
 from .packed import Packed, dense, refit, refit_parts
 
 IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
-WORDS = 16384  # of the vocabulary that `cross_entropy` looks at at once
-LOGITS = 2**25  # numbers in its largest piece of logits: 64 MiB in bf16
+WORDS = 16384  # of the vocabulary in a slice of head or embedding
+LOGITS = 640 * 2**20  # bytes of logits that may exist at once: of 2,208 tokens of Qwen3 in bf16
 
 
 class Kernels(NamedTuple):
@@ -50,12 +52,14 @@ class Kernels(NamedTuple):
     dequantize: Callable  # (NVFP4, dtype)
     fake_quantize: Callable  # (weight, global_scale, dtype)
     refit: Callable  # (packed weights of a group)
+    gated: Callable  # `_gated`
+    gated_backward: Callable  # `_gated_backward`
     log_sum: Callable  # `_log_sum`
     dlogits: Callable  # `_dlogits`
 
 
 class Linear(nn.Module):
-    """`x @ weight.T`, through NVFP4 if `quantized`.
+    """`x @ weight.T`, through NVFP4 if `quantized`; with a gate (SwiGLU) `(silu(gate) * x) @ weight.T`.
 
     group: the layers that a server fuses with this one (q/k/v, gate/up); they share one global scale.
     kept_scale: the group's scale of dense weights since the last `refit_global_scales`, else None.
@@ -88,10 +92,10 @@ class Linear(nn.Module):
         """The weight as the product reads it, dense, in `dtype`."""
         return weight_value(self.weight, self.global_scale(), dtype)
 
-    def forward(self, x):
+    def forward(self, x, gate=None):
         if self.decoded is not None:
-            return F.linear(x, self.decoded)
-        return _MatrixProduct.apply(x, self.weight, self.global_scale(), self.kernels, self.unread)
+            return F.linear(x if gate is None else _gated(gate, x), self.decoded)
+        return _MatrixProduct.apply(x, gate, self.weight, self.global_scale(), self.kernels, self.unread)
 
 
 class Embedding(nn.Module):
@@ -157,23 +161,49 @@ def weight_value(weight, global_scale, dtype, rows=slice(None), kernels=None):
 
 
 class _MatrixProduct(torch.autograd.Function):
+    """With a gate, silu(gate) * x is not kept for the backward pass, which makes it again."""
+
     @staticmethod
-    def forward(ctx, x, weight, global_scale, kernels, unread):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, gate, weight, global_scale, kernels, unread):
+        ctx.save_for_backward(x, gate, weight)
         ctx.global_scale, ctx.kernels = global_scale, kernels
         if unread:
             return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+        if gate is not None:
+            x = kernels.gated(gate, x)
         return F.linear(x, weight_value(weight, global_scale, x.dtype, kernels=kernels))
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
+        x, gate, weight = ctx.saved_tensors
+        wants_x, wants_gate, wants_weight = ctx.needs_input_grad[:3]
+        dx = dgate = dweight = None
+        if wants_x or wants_gate:
             dx = dy @ weight_value(weight, ctx.global_scale, dy.dtype, kernels=ctx.kernels)
-        if ctx.needs_input_grad[1]:
+        if gate is not None:
+            if dx is None:
+                x = ctx.kernels.gated(gate, x)
+            else:
+                ctx.kernels.gated_backward(dx, x, gate)
+                x, dx, dgate = dx, x, gate  # what they have become
+        if wants_weight:
             dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-        return dx, dweight, None, None, None
+        return dx, dgate, dweight, *[None] * 3
+
+
+def _gated(gate, x):
+    """SwiGLU (Shazeer 2020)."""
+    return F.silu(gate) * x
+
+
+def _gated_backward(dx, x, gate):
+    """From dx, the gradient of silu(gate) * x, in place, for nothing that a layer keeps is larger: `dx`
+    becomes that product, `x` and `gate` their gradients."""
+    silu = F.silu(gate)
+    gate.copy_(torch.ops.aten.silu_backward(dx * x, gate))
+    product = silu * x
+    x.copy_(dx * silu)
+    dx.copy_(product)
 
 
 class _LookUp(torch.autograd.Function):
@@ -202,81 +232,110 @@ def cross_entropy(hidden, head, targets):
     """Mean cross entropy of `hidden` [N, D] through the layer `head` (a `Linear`) against `targets` [N],
     fp32 [].
 
-    For 2,048 tokens and Qwen3's 151,936 words the logits would fill 1.2 GB in fp32, their gradient as much
-    again. Here they exist one slice of the vocabulary and one piece of the tokens at a time, in both
-    passes: the forward pass keeps only logsumexp, one number a token, from which the backward pass makes
-    the probabilities again. The head's gradient is as large as a dense head; `head.on_gradient` takes it
-    slice by slice.
+    For 16,384 tokens and Qwen3's 151,936 words the logits would fill 5 GB in bf16, and computing them again
+    in the backward pass costs as much as a whole layer. So they exist for a piece of the tokens at a time,
+    and the forward pass turns each piece into its gradient, in place: that is known but for one factor,
+    the gradient of the loss itself.
+
+    The last piece's part of the head's gradient is left to the backward pass, where `head.on_gradient` takes
+    it a slice of the vocabulary at a time. So a batch of one piece never holds the head or its gradient
+    whole; one of several does, but its activations are larger.
     """
     return _CrossEntropy.apply(
-        hidden, head.weight, head.global_scale(), targets, head.kernels, head.on_gradient
-    )
+        hidden, head.weight, head.global_scale(), targets, head.kernels, head.on_gradient,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, global_scale, targets, kernels, on_gradient):
-        total = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)  # logsumexp so far, [N]
-        wanted = torch.zeros_like(total)  # the target's logit, [N]
-        for words, w4 in _slices(weight, global_scale, hidden.dtype, kernels):
-            for tokens in _tokens(hidden, w4):
-                log_sum, target = kernels.log_sum(hidden[tokens] @ w4.T, targets[tokens] - words.start)
-                total[tokens] = torch.logaddexp(total[tokens], log_sum)
-                wanted[tokens] += target
+    def forward(ctx, hidden, weight, global_scale, targets, kernels, on_gradient, training):
+        wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
+        decode = partial(_slices, weight, global_scale, hidden.dtype, kernels)
+        pieces, whole, earlier = _pieces(hidden, len(weight)), None, None
+        if len(pieces) > 1:
+            whole = list(decode(len(weight)))
+            earlier = hidden.new_empty(weight.shape) if wants_weight else None  # of all pieces but the last
         learned = targets != IGNORE
         share = learned / learned.sum()  # of each token in the mean
-        ctx.save_for_backward(hidden, weight, targets, total, share)
-        ctx.global_scale, ctx.kernels, ctx.on_gradient = global_scale, kernels, on_gradient
-        return ((total - wanted) * share).sum()
+        losses = torch.empty_like(share)
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        space = hidden.new_empty(pieces[0].stop, len(weight))
+        for tokens in pieces:
+            x, logits = hidden[tokens], space[: tokens.stop - tokens.start]
+            total, wanted = _fill(logits, x, whole or decode(WORDS), targets[tokens], kernels)
+            losses[tokens] = total - wanted
+            if wants_hidden or wants_weight:
+                dx = dhidden[tokens] if wants_hidden else None
+                _turn(logits, dx, whole or decode(WORDS), targets[tokens], total, share[tokens], kernels)
+            if earlier is not None and tokens is not pieces[-1]:  # beta 0: overwrite what was there
+                earlier.addmm_(logits.T, x, beta=float(tokens.start > 0))
+        ctx.save_for_backward(x, logits, dhidden, earlier)
+        ctx.on_gradient = on_gradient
+        return (losses * share).sum()
 
     @staticmethod
     def backward(ctx, dloss):
-        hidden, weight, targets, total, share = ctx.saved_tensors
+        x, dlogits, dhidden, earlier = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        by_rows = wants_weight and ctx.on_gradient is not None
-        dhidden = torch.empty_like(hidden) if wants_hidden else None
-        dweight = hidden.new_empty(weight.shape) if wants_weight and not by_rows else None
-        dtoken = dloss * share
-        for words, w4 in _slices(weight, ctx.global_scale, hidden.dtype, ctx.kernels):
-            if wants_weight:
-                rows = torch.empty_like(w4) if by_rows else dweight[words]
-            for tokens in _tokens(hidden, w4):
-                logits = hidden[tokens] @ w4.T
-                dlogits = ctx.kernels.dlogits(
-                    logits, targets[tokens] - words.start, total[tokens], dtoken[tokens]
-                )
-                if wants_hidden:  # beta 0: the first piece overwrites what was there
-                    dhidden[tokens].addmm_(dlogits, w4, beta=float(words.start > 0))
-                if wants_weight:
-                    rows.addmm_(dlogits.T, hidden[tokens], beta=float(tokens.start > 0))
+        by_rows, vocabulary = ctx.on_gradient is not None, dlogits.shape[1]
+        dweight = x.new_empty(vocabulary, x.shape[1]) if wants_weight and not by_rows else None
+        x = x * dloss
+        for words in row_slices(vocabulary, WORDS) if wants_weight else ():
+            rows = dlogits[:, words].T @ x
+            if earlier is not None:
+                rows += earlier[words] * dloss
             if by_rows:
                 ctx.on_gradient(words, rows)
-        return dhidden, dweight, None, None, None, None
+            else:
+                dweight[words] = rows
+        return dhidden * dloss if wants_hidden else None, dweight, *[None] * 5
 
 
-def _slices(weight, global_scale, dtype, kernels):
-    """(slice of the vocabulary, that part of the weight) for all slices."""
-    for words in row_slices(len(weight), WORDS):
+def _pieces(hidden, vocabulary):
+    """Slices of the tokens, about equally long, each of as many as may have their logits at once."""
+    count = max(1, math.ceil(len(hidden) * vocabulary * hidden.itemsize / LOGITS))
+    return row_slices(len(hidden), math.ceil(len(hidden) / count) or 1) or [slice(0, 0)]
+
+
+def _slices(weight, global_scale, dtype, kernels, size):
+    """(slice of the vocabulary, that part of the weight) for all slices of `size` words."""
+    for words in row_slices(len(weight), size):
         yield words, weight_value(weight, global_scale, dtype, words, kernels)
 
 
-def _tokens(hidden, w4):
-    """Slices of the tokens whose logits of these words fit into one piece."""
-    return row_slices(len(hidden), max(1, LOGITS // len(w4))) or [slice(0, 0)]
+def _fill(logits, x, slices, targets, kernels):
+    """Write the logits of x; (their logsumexp [N], the target's logit [N]), fp32."""
+    total = x.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+    wanted = torch.zeros_like(total)
+    for words, w4 in slices:
+        torch.mm(x, w4.T, out=logits[:, words])
+        log_sum, target = kernels.log_sum(logits[:, words], targets - words.start)
+        total, wanted = torch.logaddexp(total, log_sum), wanted + target
+    return total, wanted
+
+
+def _turn(logits, dx, slices, targets, total, share, kernels):
+    """Turn logits into their gradient, and write that of x to `dx`, if there is one."""
+    for words, w4 in slices:
+        part = logits[:, words]
+        kernels.dlogits(part, targets - words.start, total, share)
+        if dx is not None:
+            dx.addmm_(part, w4, beta=float(words.start > 0))
 
 
 def _log_sum(logits, targets):
     """(logsumexp [N], the target's logit [N], 0 where it is not among the words of `logits` [N, words])."""
-    logits = logits.float()
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
-    return logits.logsumexp(-1), torch.where(is_target, logits, 0.0).sum(-1)
+    here = (targets >= 0) & (targets < logits.shape[1])
+    target = logits.gather(1, torch.where(here, targets, 0).unsqueeze(1)).squeeze(1)
+    return logits.float().logsumexp(-1), torch.where(here, target.float(), 0.0)
 
 
-def _dlogits(logits, targets, total, dtoken):
-    """d loss / d logits = (probability - 1 at the target) * dtoken, [N, words]."""
+def _dlogits(logits, targets, total, share):
+    """In the place of `logits` [N, words] their gradient, (probability - 1 at the target) * share."""
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
     probability = (logits.float() - total.unsqueeze(-1)).exp()
-    return ((probability - is_target.float()) * dtoken.unsqueeze(-1)).to(logits.dtype)
+    logits.copy_((probability - is_target.float()) * share.unsqueeze(-1))
 
 
 def compiled_kernels():
@@ -301,8 +360,8 @@ def compiled_kernels():
             return fake_blocks(*blocks, global_scale, weight.dtype, dtype).view(dtype).view_as(weight)
 
     return Kernels(
-        dequantize, fake_quantize, lambda weights: refit(weights, fit), torch.compile(_log_sum),
-        torch.compile(_dlogits),
+        dequantize, fake_quantize, lambda weights: refit(weights, fit),
+        *(torch.compile(function) for function in (_gated, _gated_backward, _log_sum, _dlogits)),
     )  # fmt: skip
 
 
@@ -316,4 +375,4 @@ def _fake_blocks(weight, global_scale, stored, dtype):
     return _decode_blocks(*encode(unpaired(weight, stored), 1 / global_scale), global_scale, dtype)
 
 
-EAGER = Kernels(dequantize, fake_quantize, refit, _log_sum, _dlogits)
+EAGER = Kernels(dequantize, fake_quantize, refit, _gated, _gated_backward, _log_sum, _dlogits)

@@ -35,6 +35,8 @@ from .linear import (
 )
 
 DECODED_LIMIT = 2**31  # bytes of dense weights that `Qwen3.decoded` is willing to keep
+# For the compiler, which would split the backward pass of `HeadNorm`.
+ONE_KERNEL = {"realize_reads_threshold": 64, "realize_opcount_threshold": 500}
 
 
 @dataclass
@@ -117,26 +119,28 @@ class RMSNorm(nn.Module):
 
 def rope_tables(positions, config, dtype):
     """cos and sin [T, head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs of
-    dimensions."""
+    dimensions; the sine of a pair's first half is negative, as `HeadNorm` wants it."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     angles = positions.float().unsqueeze(-1) * (1.0 / config.rope_theta ** (exponent / config.head_dim))
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+class AddNorm(RMSNorm):
+    """(x + branch, its norm): the sum goes on beside the next branch, which reads the norm."""
+
+    def forward(self, x, branch):
+        x = x + branch
+        return x, super().forward(x)
 
 
 class HeadNorm(RMSNorm):
     """The norm of every head of [B, T, H, head_dim], then each pair (x[i], x[i + head_dim/2]) turned by its
-    position's angle."""
+    position's angle; cos and sin as of `rope_tables`."""
 
     def forward(self, x, cos, sin):
-        x, cos, sin = super().forward(x), cos.unsqueeze(1), sin.unsqueeze(1)  # [T, 1, head_dim]
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat((-second, first), -1) * sin
-
-
-class SwiGLU(nn.Module):
-    def forward(self, gate, up):
-        return F.silu(gate) * up
+        x = super().forward(x)
+        return x * cos.unsqueeze(1) + x.roll(x.shape[-1] // 2, -1) * sin.unsqueeze(1)  # [T, 1, head_dim]
 
 
 class KVCache:
@@ -202,11 +206,10 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-        self.act = SwiGLU()
         share_global_scale(self.gate_proj, self.up_proj)
 
     def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.up_proj(x), gate=self.gate_proj(x))
 
 
 class Block(nn.Module):
@@ -214,12 +217,13 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AddNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attention = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x, normed = self.post_attention_layernorm(x, attention)
+        return x + self.mlp(normed)
 
 
 class Recomputation:
@@ -310,8 +314,8 @@ class Qwen3(nn.Module):
         for module in self.modules():
             if isinstance(module, (Linear, Embedding)):
                 module.kernels = kernels
-            if isinstance(module, (RMSNorm, SwiGLU)):
-                module.compile()
+            if isinstance(module, RMSNorm):
+                module.compile(options=ONE_KERNEL)
 
     @torch.no_grad()
     def refit(self):

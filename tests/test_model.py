@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIG, small_model
+from torch import nn
 
 import minifp4
 from minifp4 import linear, nvfp4, sampling
@@ -132,9 +133,10 @@ def test_tied_weight_is_read_as_one_value_and_collects_both_gradients():
     assert torch.allclose(weight.grad, both, atol=1e-6)
 
 
-@pytest.mark.parametrize("words, logits", [(16384, 2**25), (300, 2**25), (300, 2000), (1, 1)])
-def test_cross_entropy_in_pieces(words, logits, monkeypatch):
-    """Any slicing of vocabulary and tokens gives torch's loss and gradients."""
+@pytest.mark.parametrize("by_rows", [False, True], ids=["whole", "by rows"])
+@pytest.mark.parametrize("words, logits", [(16384, 2**25), (300, 2**25), (300, 9000), (300, 3000), (1, 1)])
+def test_cross_entropy_in_pieces(words, logits, by_rows, monkeypatch):
+    """Any slicing of vocabulary and tokens gives torch's loss and gradients: one piece, 3 and 7."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 32, generator=generator, requires_grad=True)
     head = linear.Linear(32, 700 if words > 1 else 12)
@@ -143,11 +145,50 @@ def test_cross_entropy_in_pieces(words, logits, monkeypatch):
     targets = torch.randint(0, len(head.weight), (7,), generator=generator)
     monkeypatch.setattr(linear, "LOGITS", logits)
     monkeypatch.setattr(linear, "WORDS", words)
+    rows = []
+    if by_rows:
+        head.on_gradient = lambda words, gradient: rows.append(gradient)
     found = linear.cross_entropy(hidden, head, targets)
     expected = F.cross_entropy(hidden @ head.weight.T, targets)
     assert torch.allclose(found, expected, atol=1e-6)
-    for ours, theirs in zip(*(torch.autograd.grad(y * 3, (hidden, head.weight)) for y in (found, expected))):
+    dhidden, dweight = torch.autograd.grad(found * 3, (hidden, head.weight), allow_unused=by_rows)
+    dweight = torch.cat(rows) if by_rows else dweight
+    for ours, theirs in zip((dhidden, dweight), torch.autograd.grad(expected * 3, (hidden, head.weight))):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", ["x weight", "x", "weight"])
+def test_the_loss_makes_only_gradients_that_are_wanted(wanted):
+    """A frozen head has none; and an evaluation makes no gradient at all."""
+    called = []
+    head = linear.Linear(32, 64)
+    nn.init.normal_(head.weight).requires_grad_("weight" in wanted)
+    head.kernels = linear.EAGER._replace(dlogits=lambda *parts: called.append(linear._dlogits(*parts)))
+    hidden, targets = torch.randn(5, 32, requires_grad="x" in wanted), torch.arange(5)
+    with torch.no_grad():
+        linear.cross_entropy(hidden, head, targets)
+    assert not called
+    linear.cross_entropy(hidden, head, targets).backward()
+    assert called
+    for p in (hidden, head.weight):
+        assert (p.grad is not None) == p.requires_grad
+
+
+@pytest.mark.parametrize("wanted", ["x gate weight", "x", "gate", "weight"])
+def test_a_gated_product_has_the_gradients_of_swiglu(wanted):
+    """Bit for bit, though silu(gate) * x is not kept, and its parts are overwritten."""
+    layer = linear.Linear(32, 48)
+    nn.init.normal_(layer.weight).requires_grad_("weight" in wanted)
+    x, gate = (torch.randn(2, 5, 32, requires_grad=name in wanted.split()) for name in ("x", "gate"))
+    leaves = [p for p in (x, gate, layer.weight) if p.requires_grad]
+    found, expected = (
+        layer(x * 1, gate=gate * 1),  # copies, to be overwritten
+        F.linear(F.silu(gate) * x, layer.weight),
+    )
+    assert torch.equal(found, expected)
+    dy = torch.randn_like(found)
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, dy) for y in (found, expected))):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -123,7 +123,7 @@ def flops(config, batch, tokens, recomputed, skipped):
     attention += c.num_attention_heads * c.head_dim * tokens  # scores and values, causal: half of 2 * T
     one = c.hidden_size * c.intermediate_size
     block = 6 * (attention + 3 * one) + recomputed * 2 * (attention + (2 if skipped else 3) * one)
-    return batch * tokens * (c.num_hidden_layers * block + 8 * c.vocab_size * c.hidden_size)
+    return batch * tokens * (c.num_hidden_layers * block + 6 * c.vocab_size * c.hidden_size)
 
 
 def measure(run, config, batch, tokens, checkpointing, device, steps=5, warm_up=2):
