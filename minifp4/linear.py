@@ -263,25 +263,29 @@ class _CrossEntropy(torch.autograd.Function):
         space = hidden.new_empty(pieces[0].stop, len(weight))
         for tokens in pieces:
             x, logits = hidden[tokens], space[: tokens.stop - tokens.start]
-            total, wanted = _fill(logits, x, whole or decode(WORDS), targets[tokens], kernels)
+            for words, w4 in whole or decode(WORDS):
+                torch.mm(x, w4.T, out=logits[:, words])
+            total, wanted = _log_sums(logits, targets[tokens], kernels)
             losses[tokens] = total - wanted
             if wants_hidden or wants_weight:
-                dx = dhidden[tokens] if wants_hidden else None
-                _turn(logits, dx, whole or decode(WORDS), targets[tokens], total, share[tokens], kernels)
-            if earlier is not None and tokens is not pieces[-1]:  # beta 0: overwrite what was there
+                _become_gradient(logits, targets[tokens], total, share[tokens], kernels)
+            for words, w4 in (whole or decode(WORDS)) if wants_hidden else ():
+                dhidden[tokens].addmm_(logits[:, words], w4, beta=float(words.start > 0))  # 0: overwrite
+            if earlier is not None and tokens is not pieces[-1]:
                 earlier.addmm_(logits.T, x, beta=float(tokens.start > 0))
-        ctx.save_for_backward(x, logits, dhidden, earlier)
+        ctx.save_for_backward(x, logits if wants_weight else None, dhidden, earlier)
         ctx.on_gradient = on_gradient
         return (losses * share).sum()
 
     @staticmethod
     def backward(ctx, dloss):
-        x, dlogits, dhidden, earlier = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        by_rows, vocabulary = ctx.on_gradient is not None, dlogits.shape[1]
-        dweight = x.new_empty(vocabulary, x.shape[1]) if wants_weight and not by_rows else None
-        x = x * dloss
-        for words in row_slices(vocabulary, WORDS) if wants_weight else ():
+        x, dlogits, dhidden, earlier = ctx.saved_tensors  # None for what is not wanted
+        dhidden = None if dhidden is None else dhidden * dloss
+        if dlogits is None:
+            return dhidden, *[None] * 6
+        by_rows, vocabulary, x = ctx.on_gradient is not None, dlogits.shape[1], x * dloss
+        dweight = None if by_rows else x.new_empty(vocabulary, x.shape[1])
+        for words in row_slices(vocabulary, WORDS):
             rows = dlogits[:, words].T @ x
             if earlier is not None:
                 rows += earlier[words] * dloss
@@ -289,7 +293,7 @@ class _CrossEntropy(torch.autograd.Function):
                 ctx.on_gradient(words, rows)
             else:
                 dweight[words] = rows
-        return dhidden * dloss if wants_hidden else None, dweight, *[None] * 5
+        return dhidden, dweight, *[None] * 5
 
 
 def _pieces(hidden, vocabulary):
@@ -304,24 +308,20 @@ def _slices(weight, global_scale, dtype, kernels, size):
         yield words, weight_value(weight, global_scale, dtype, words, kernels)
 
 
-def _fill(logits, x, slices, targets, kernels):
-    """Write the logits of x; (their logsumexp [N], the target's logit [N]), fp32."""
-    total = x.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+def _log_sums(logits, targets, kernels):
+    """(logsumexp [N], the target's logit [N]) of logits [N, vocabulary], fp32."""
+    total = logits.new_full(targets.shape, -torch.inf, dtype=torch.float32)
     wanted = torch.zeros_like(total)
-    for words, w4 in slices:
-        torch.mm(x, w4.T, out=logits[:, words])
+    for words in row_slices(logits.shape[1], WORDS):
         log_sum, target = kernels.log_sum(logits[:, words], targets - words.start)
         total, wanted = torch.logaddexp(total, log_sum), wanted + target
     return total, wanted
 
 
-def _turn(logits, dx, slices, targets, total, share, kernels):
-    """Turn logits into their gradient, and write that of x to `dx`, if there is one."""
-    for words, w4 in slices:
-        part = logits[:, words]
-        kernels.dlogits(part, targets - words.start, total, share)
-        if dx is not None:
-            dx.addmm_(part, w4, beta=float(words.start > 0))
+def _become_gradient(logits, targets, total, share, kernels):
+    """Put the gradient of the loss in the place of `logits`."""
+    for words in row_slices(logits.shape[1], WORDS):
+        kernels.dlogits(logits[:, words], targets - words.start, total, share)
 
 
 def _log_sum(logits, targets):
