@@ -37,7 +37,6 @@ from .precision import (
     master,
     one_block_a_row,
     rounding_key,
-    stochastic_add,
     write,
     zeros,
 )
@@ -45,7 +44,8 @@ from .precision import (
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above all before it asks for more
-ONE_KERNEL = {"max_fusion_size": 512}  # for the compiler, which would split `update`
+# For the compiler, which would split `update`, and check in it that every block's row exists.
+ONE_KERNEL = {"max_fusion_size": 512, "assert_indirect_indexing": False}
 
 
 class Hyper(NamedTuple):
@@ -103,7 +103,7 @@ def update(
         bits = counter_bits(key, first, g[0].shape)
         mean_bits = [half >> 10 for half in bits]
     new = [
-        stores[0].encoded(_added(weight, asked, bits if stores[0].rounds else None), parts[0], bits),
+        stores[0].encoded([w + delta for w, delta in zip(weight, asked)], parts[0], bits),
         stores[1].encoded(mean, parts[1], mean_bits, mean_bound),
         stores[2].encoded(root, parts[2], mean_bits if stochastic_root else None, root_bound),
     ]
@@ -122,13 +122,6 @@ def _bounds(stores, parts, largest, hyper):
         return None, None
     old = [store.bound(part) for store, part in zip(stores[1:], parts[1:])]
     return moments(largest * hyper.grad_scale, *old, hyper)
-
-
-def _added(weight, asked, bits):
-    """weight + asked; `bits`, if there are any, round the sum stochastically."""
-    if bits is None:
-        return [w + delta for w, delta in zip(weight, asked)]
-    return [stochastic_add(*half) for half in zip(weight, asked, bits)]
 
 
 def survey(grad, squares, grad_dtype):
