@@ -136,7 +136,7 @@ class Settings:
         None, "memory and speed", "record the steps of small batches and replay them; default: on CUDA"
     )
     memory_limit_gb: float = option(
-        None, "memory and speed", "end with a message instead of using more (GiB)", metavar="N", least=0.001
+        None, "memory and speed", "end with a message instead of using more (GiB)", metavar="N", least=0.1
     )
     memory_report: str = option(
         None, "memory and speed", "write memory by phase and role to this JSON, and print it", metavar="FILE"
