@@ -237,9 +237,9 @@ def cross_entropy(hidden, head, targets):
     and the forward pass turns each piece into its gradient, in place: that is known but for one factor,
     the gradient of the loss itself.
 
-    The last piece's part of the head's gradient is left to the backward pass, where `head.on_gradient` takes
-    it a slice of the vocabulary at a time. So a batch of one piece never holds the head or its gradient
-    whole; one of several does, but its activations are larger.
+    The last piece's part of the head's gradient is left to the backward pass, where `head.on_gradient`, if
+    there is one, takes it a slice of the vocabulary at a time. Then a batch of one piece holds neither the
+    head nor its gradient whole; one of several holds both, but its activations are larger.
     """
     return _CrossEntropy.apply(
         hidden, head.weight, head.global_scale(), targets, head.kernels, head.on_gradient,
