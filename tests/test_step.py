@@ -52,10 +52,12 @@ def different(a, b):
     return {name: (a[name] != b[name]).sum().item() for name in a if not torch.equal(a[name], b[name])}
 
 
+@pytest.mark.parametrize("logits", [2**25, 40_000], ids=["one piece", "several"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_step_in_the_backward_pass_gives_the_same_bits(tied, monkeypatch):
+def test_a_step_in_the_backward_pass_gives_the_same_bits(tied, logits, monkeypatch):
     """A tied weight is updated once, when both of its gradients have been added."""
     monkeypatch.setattr(linear, "WORDS", 100)  # rows of head and embedding at a time
+    monkeypatch.setattr(linear, "LOGITS", logits)
     plain, _ = stepped(False, tied=tied)
     hooked, step = stepped(True, tied=tied)
     assert not different(plain, hooked)
