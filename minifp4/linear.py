@@ -269,8 +269,9 @@ class _CrossEntropy(torch.autograd.Function):
             losses[tokens] = total - wanted
             if wants_hidden or wants_weight:
                 _become_gradient(logits, targets[tokens], total, share[tokens], kernels)
-            for words, w4 in (whole or decode(WORDS)) if wants_hidden else ():
-                dhidden[tokens].addmm_(logits[:, words], w4, beta=float(words.start > 0))  # 0: overwrite
+            if wants_hidden:
+                for words, w4 in whole or decode(WORDS):  # beta 0: overwrite what was there
+                    dhidden[tokens].addmm_(logits[:, words], w4, beta=float(words.start > 0))
             if earlier is not None and tokens is not pieces[-1]:
                 earlier.addmm_(logits.T, x, beta=float(tokens.start > 0))
         ctx.save_for_backward(x, logits if wants_weight else None, dhidden, earlier)
