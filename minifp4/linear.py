@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .kernels import any_length, compiled
 from .nvfp4 import (
     BLOCK,
-    any_length,
-    compiled,
     decode,
     dequantize,
     encode,

@@ -24,19 +24,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import linear, norm
 from .linear import (
     IGNORE,
     Embedding,
     Linear,
-    compiled_kernels,
     cross_entropy,
     refit_global_scales,
     share_global_scale,
 )
+from .norm import AddNorm, HeadNorm, RMSNorm, rope_tables
 
 DECODED_LIMIT = 2**31  # bytes of dense weights that `Qwen3.decoded` is willing to keep
-# For the compiler, which would split the backward pass of `HeadNorm`.
-ONE_KERNEL = {"realize_reads_threshold": 64, "realize_opcount_threshold": 500}
 
 
 @dataclass
@@ -103,46 +102,6 @@ def _rope_theta(source):
     return _positive("rope_theta", theta, float)
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x**2) + eps) * weight`, the quotient in fp32."""
-
-    def __init__(self, features, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(features))
-        self.eps = eps
-
-    def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * wide.to(x.dtype)
-
-
-def rope_tables(positions, config, dtype):
-    """cos and sin [T, head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs of
-    dimensions; the sine of a pair's first half is negative, as `HeadNorm` wants it."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    angles = positions.float().unsqueeze(-1) * (1.0 / config.rope_theta ** (exponent / config.head_dim))
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-class AddNorm(RMSNorm):
-    """(x + branch, its norm): the sum goes on beside the next branch, which reads the norm."""
-
-    def forward(self, x, branch):
-        x = x + branch
-        return x, super().forward(x)
-
-
-class HeadNorm(RMSNorm):
-    """The norm of every head of [B, T, H, head_dim], then each pair (x[i], x[i + head_dim/2]) turned by its
-    position's angle; cos and sin as of `rope_tables`."""
-
-    def forward(self, x, cos, sin):
-        x = super().forward(x)
-        return x * cos.unsqueeze(1) + x.roll(x.shape[-1] // 2, -1) * sin.unsqueeze(1)  # [T, 1, head_dim]
-
-
 class KVCache:
     """Keys and values of the tokens seen so far, for one model: [layers][B, kv heads, capacity, head_dim]."""
 
@@ -178,13 +137,15 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
         share_global_scale(self.q_proj, self.k_proj, self.v_proj)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, for_q, for_k, for_v, cos, sin, cache=None):
+        """The first three are one norm; see `norm.AddNorm`."""
+
         def heads(y):  # [B, T, H * head_dim] -> [B, T, H, head_dim]
             return y.unflatten(-1, (-1, self.head_dim))
 
-        q = self.q_norm(heads(self.q_proj(x)), cos, sin).transpose(1, 2)
-        k = self.k_norm(heads(self.k_proj(x)), cos, sin).transpose(1, 2)
-        v = heads(self.v_proj(x)).transpose(1, 2)
+        q = self.q_norm(heads(self.q_proj(for_q)), cos, sin).transpose(1, 2)
+        k = self.k_norm(heads(self.k_proj(for_k)), cos, sin).transpose(1, 2)
+        v = heads(self.v_proj(for_v)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         new, seen = q.shape[2], k.shape[2]
@@ -192,7 +153,7 @@ class Attention(nn.Module):
         if (
             1 < new < seen
         ):  # several new tokens after cached ones: each sees the past and its own predecessors
-            mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+            mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
         # Grouped queries: each key and value head serves H / kv heads query heads.
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=new == seen and new > 1, enable_gqa=True
@@ -208,22 +169,23 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
         share_global_scale(self.gate_proj, self.up_proj)
 
-    def forward(self, x):
-        return self.down_proj(self.up_proj(x), gate=self.gate_proj(x))
+    def forward(self, for_gate, for_up):
+        """down(silu(gate(x)) * up(x)) of one norm x."""
+        return self.down_proj(self.up_proj(for_up), gate=self.gate_proj(for_gate))
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = AddNorm(config.hidden_size, config.rms_norm_eps, readers=3)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = AddNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AddNorm(config.hidden_size, config.rms_norm_eps, readers=2)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None):
-        attention = self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        x, normed = self.post_attention_layernorm(x, attention)
-        return x + self.mlp(normed)
+        x, *normed = self.input_layernorm(x)
+        x, *normed = self.post_attention_layernorm(x, self.self_attn(*normed, cos, sin, cache))
+        return x + self.mlp(*normed)
 
 
 class Recomputation:
@@ -260,7 +222,7 @@ class Qwen3Model(nn.Module):
         x = self.embed_tokens(ids, self.compute_dtype)
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        cos, sin = rope_tables(positions, self.config, x.dtype)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         recomputed = len(self.layers) - self.keep_activations if self.activation_checkpointing else 0
         for number, block in enumerate(self.layers):
             if number < recomputed and torch.is_grad_enabled():
@@ -310,12 +272,12 @@ class Qwen3(nn.Module):
 
         Matrix products and attention are large enough, and stay as they are.
         """
-        kernels = compiled_kernels()
+        products, norms = linear.compiled_kernels(), norm.compiled_kernels()
         for module in self.modules():
             if isinstance(module, (Linear, Embedding)):
-                module.kernels = kernels
+                module.kernels = products
             if isinstance(module, RMSNorm):
-                module.compile(options=ONE_KERNEL)
+                module.kernels = norms
 
     @torch.no_grad()
     def refit(self):

@@ -132,20 +132,6 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
     return values
 
 
-def compiled(function, **how):
-    """`function` through torch.compile, one graph for each shape: a Qwen3 has more of them than torch allows
-    by default, and beyond its limit they would run in eager."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, dynamic=False, **how)
-
-
-def any_length(*tensors):
-    """The tensors, marked so that code compiled for them serves any number of rows."""
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return tensors
-
-
 def as_matrix(x):
     """[..., K] -> [rows, K], a view where the layout allows it."""
     return x.reshape(x.numel() // x.shape[-1], x.shape[-1])

@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import BLOCK, any_length, compiled, limited, magnitude_bits, pairs, row_chunks, unpaired
+from .kernels import any_length, compiled
+from .nvfp4 import limited, magnitude_bits, pairs, row_chunks, unpaired
 from .precision import (
     Blocks,
     counter_bits,
@@ -46,6 +47,7 @@ TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above all before it asks for more
 # For the compiler, which would split `update`, and check in it that every block's row exists.
 ONE_KERNEL = {"max_fusion_size": 512, "assert_indirect_indexing": False}
+A_BLOCK_A_THREAD = {"XBLOCK": 128, "num_warps": 4}  # so that threads exchange nothing
 
 
 class Hyper(NamedTuple):
@@ -136,31 +138,6 @@ def survey(grad, squares, grad_dtype):
     return bits.amax(1, keepdim=True).view(torch.float32), total
 
 
-def a_block_a_thread(function):
-    """The compiled `function`, where a GPU's thread does one block of 16 and exchanges nothing with others.
-
-    The compiler would try a few ways when the kernel first runs. But it times them together with copies of
-    all that the kernel writes, and some of its choices took two or three times as long.
-    """
-    from torch._inductor.choices import InductorChoices  # here, because these take two seconds to import
-    from torch._inductor.codegen.triton import FixedTritonConfig
-    from torch._inductor.virtualized import V
-
-    class Choices(InductorChoices):
-        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
-            if features.reduction_numel != BLOCK // 2:  # not over the pairs of a block
-                return kernel_kwargs
-            return {**kernel_kwargs, "fixed_config": FixedTritonConfig({"XBLOCK": 128, "num_warps": 4})}
-
-    choices = Choices()
-
-    def call(*values, **settings):
-        with V.set_choices_handler(choices):
-            return function(*values, **settings)
-
-    return call
-
-
 class AdamW:
     """`AdamW(model.named_parameters(), lr=1e-4, state="nvfp4")`, then `step()` and `zero_grad()` as in torch.
 
@@ -188,7 +165,7 @@ class AdamW:
         self.compiled = device.type == "cuda" if compile is None else compile
         self._update, self._survey = update, survey
         if self.compiled:
-            self._update = a_block_a_thread(compiled(update, options=ONE_KERNEL))
+            self._update = compiled(update, ONE_KERNEL, A_BLOCK_A_THREAD)
             self._survey = compiled(survey)
         # What differs from step to step lies on the device: Hyper for matrices and for vectors, and a key for
         # each parameter.

@@ -27,7 +27,11 @@ def recorded(function, device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(function=function):  # whose tensors must live as long
+        graph.replay()
+
+    return replay
 
 
 def place(device):

@@ -1,0 +1,181 @@
+"""RMSNorm (Zhang & Sennrich 2019), and what a Qwen3 does just before one or after it.
+
+    r = 1 / sqrt(mean(x**2) + eps)        n = x * r        y = n * weight
+
+Little is computed here, so time is the number of times that memory is read or written. Autograd makes a
+kernel of its own for each sum: of a block's input and the branch that comes back to it; and on the way back,
+of the gradients of all who read the same tensor (q, k and v read one norm, and its input goes on beside
+them). Each costs as much as the norm. So each of the two functions below has one kernel forward, one
+backward, and these sums are inside:
+
+    dn = dy * weight        dx = dn * r - x * r**3 * mean(dn * x)        dweight = sum(dy * n)
+
+with the input (after the sum) and r kept. In fp32 the bits are autograd's; in bf16 these functions round
+their results alone, not each sum.
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch import nn
+
+from .kernels import any_length, compiled
+
+
+class Kernels(NamedTuple):
+    """What this module does; `compiled_kernels` makes one kernel of each."""
+
+    norm: Callable  # `_norm`
+    norm_backward: Callable  # `_norm_backward`
+    turned: Callable  # `_turned`
+    turned_backward: Callable  # `_turned_backward`
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x**2) + eps) * weight`, the quotient in fp32."""
+
+    def __init__(self, features, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps, self.kernels = eps, EAGER
+
+    def forward(self, x):
+        return _AddNorm.apply(x, None, self.weight, self.eps, 1, self.kernels)[1]
+
+
+class AddNorm(RMSNorm):
+    """(x + branch, its norm, its norm again, ... for each of its `readers`). The sum goes on beside them."""
+
+    def __init__(self, features, eps, readers):
+        super().__init__(features, eps)
+        self.readers = readers
+
+    def forward(self, x, branch=None):
+        return _AddNorm.apply(x, branch, self.weight, self.eps, self.readers, self.kernels)
+
+
+class HeadNorm(RMSNorm):
+    """The norm of every head of [B, T, H, head_dim], then each pair (x[i], x[i + head_dim/2]) turned by its
+    position's angle; cos and sin as of `rope_tables`."""
+
+    def forward(self, x, cos, sin):
+        return _HeadNorm.apply(x, cos, sin, self.weight, self.eps, self.kernels)
+
+
+def rope_tables(positions, head_dim, theta, dtype):
+    """cos and sin [T, head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs of
+    dimensions; the sine of a pair's first half is negative, as `HeadNorm` wants it."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device).float()
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta ** (exponent / head_dim))
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, weight, eps, readers, kernels):
+        total, y, r = kernels.norm(x, branch, weight, eps)
+        ctx.save_for_backward(total, r, weight)
+        ctx.kernels, ctx.adds = kernels, branch is not None
+        ctx.set_materialize_grads(False)  # None for what nobody read
+        return total, y, *(y.detach() for _ in range(1, readers))  # each with a gradient of its own
+
+    @staticmethod
+    def backward(ctx, dtotal, *dy):
+        given = tuple(gradient for gradient in reversed(dy) if gradient is not None)
+        dx, dweight = ctx.kernels.norm_backward(*ctx.saved_tensors, dtotal, given)
+        return dx, dx if ctx.adds else None, dweight, None, None, None
+
+
+class _HeadNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, weight, eps, kernels):
+        y, r = kernels.turned(x, cos, sin, weight, eps)
+        ctx.save_for_backward(x, r, weight, cos, sin)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx, dweight = ctx.kernels.turned_backward(*ctx.saved_tensors, dy)
+        return dx, None, None, dweight, None, None
+
+
+def _norm(x, branch, weight, eps):
+    """(x + branch, y, r)"""
+    if branch is not None:
+        x = x + branch
+    return x, *_rms_norm(x, weight, eps)
+
+
+def _norm_backward(x, r, weight, dx, dy):
+    """(the gradient of x, of weight), from those of x itself (or None) and of all copies of y."""
+    first, *others = (gradient.float() for gradient in dy)
+    return _rms_norm_backward(x, r, weight, sum(others, first), dx)
+
+
+def _turned(x, cos, sin, weight, eps):
+    """(y, with each pair turned; r)"""
+    y, r = _rms_norm(x, weight, eps)
+    return y * cos.unsqueeze(1) + _swapped(y) * sin.unsqueeze(1), r  # cos, sin: [T, 1, head_dim]
+
+
+def _turned_backward(x, r, weight, cos, sin, dy):
+    """(the gradient of x, of weight); back is the turn by the negative angle."""
+    dy, cos, sin = dy.float(), cos.unsqueeze(1), sin.unsqueeze(1)
+    return _rms_norm_backward(x, r, weight, dy * cos - _swapped(dy) * sin)
+
+
+def _swapped(x):
+    """The halves of the last dimension exchanged."""
+    return x.roll(x.shape[-1] // 2, -1)
+
+
+def _rms_norm(x, weight, eps):
+    """(y, r)"""
+    wide = x.float()
+    r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * (wide * r).to(x.dtype), r
+
+
+def _rms_norm_backward(x, r, weight, dy, dx=None):
+    """`dy` in fp32. `dx`: what to add to the gradient of x."""
+    wide = x.float()
+    dn = dy * weight.to(x.dtype)
+    more = dn * r if dx is None else dx + dn * r
+    more = more - wide * ((dn * wide).sum(-1, keepdim=True) * r.pow(3) / x.shape[-1])
+    return more.to(x.dtype), (dy * (wide * r)).sum(tuple(range(x.dim() - 1))).to(x.dtype)
+
+
+def compiled_kernels():
+    """`Kernels` that are compiled, for any batch.
+
+    A kernel that goes through rows for both gradients at once takes so many rows a thread block, and reads
+    ahead.
+    """
+
+    def rows(count):
+        name = "triton.mix_order_reduction_"
+        return {name + "split_size": count, name + "allow_multi_stages": True}
+
+    made = (
+        compiled(_norm, config={"XBLOCK": 1, "num_warps": 4}),
+        compiled(_norm_backward, rows(16)),
+        compiled(_turned),
+        compiled(_turned_backward, rows(256)),
+    )
+    return Kernels(*map(_for_any_batch, made))
+
+
+def _for_any_batch(function):
+    def call(*values):
+        for value in values:
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, torch.Tensor):  # [batch, tokens, ...], [tokens, head_dim] or [features]
+                    any_length(tensor, dims=min(2, tensor.dim() - 1))
+        return function(*values)
+
+    return call
+
+
+EAGER = Kernels(_norm, _norm_backward, _turned, _turned_backward)
