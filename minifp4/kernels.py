@@ -28,11 +28,10 @@ def compiled(function, options=None, config=None):
     return made if config is None else _fixed(made, config)
 
 
-def any_length(*tensors, dims=1):
-    """The tensors, marked so that code compiled for them serves any size of the first `dims` dimensions."""
+def any_length(*tensors):
+    """The tensors, marked so that code compiled for them serves any number of rows."""
     for tensor in tensors:
-        for dim in range(dims):
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return tensors
 
 

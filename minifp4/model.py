@@ -221,7 +221,7 @@ class Qwen3Model(nn.Module):
     def forward(self, ids, cache=None):
         x = self.embed_tokens(ids, self.compute_dtype)
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device).repeat(len(ids))
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         recomputed = len(self.layers) - self.keep_activations if self.activation_checkpointing else 0
         for number, block in enumerate(self.layers):

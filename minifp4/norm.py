@@ -21,6 +21,10 @@ from torch import nn
 
 from .kernels import any_length, compiled
 
+# For the compiler, which would keep what reads more than four tensors in memory.
+ONE_KERNEL = {"realize_reads_threshold": 64, "realize_opcount_threshold": 500}
+MANY = 1024  # tokens: a norm's two gradients in one kernel
+
 
 class Kernels(NamedTuple):
     """What this module does; `compiled_kernels` makes one kernel of each."""
@@ -56,15 +60,15 @@ class AddNorm(RMSNorm):
 
 class HeadNorm(RMSNorm):
     """The norm of every head of [B, T, H, head_dim], then each pair (x[i], x[i + head_dim/2]) turned by its
-    position's angle; cos and sin as of `rope_tables`."""
+    position's angle; cos and sin [B * T, head_dim] as of `rope_tables`."""
 
     def forward(self, x, cos, sin):
         return _HeadNorm.apply(x, cos, sin, self.weight, self.eps, self.kernels)
 
 
 def rope_tables(positions, head_dim, theta, dtype):
-    """cos and sin [T, head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs of
-    dimensions; the sine of a pair's first half is negative, as `HeadNorm` wants it."""
+    """cos and sin [positions, head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs
+    of dimensions; the sine of a pair's first half is negative, as `HeadNorm` wants it."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device).float()
     angles = positions.float().unsqueeze(-1) * (1.0 / theta ** (exponent / head_dim))
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -74,31 +78,39 @@ def rope_tables(positions, head_dim, theta, dtype):
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, eps, readers, kernels):
-        total, y, r = kernels.norm(x, branch, weight, eps)
+        total, y, r = kernels.norm(_rows(x), _rows(branch), weight, eps)
         ctx.save_for_backward(total, r, weight)
-        ctx.kernels, ctx.adds = kernels, branch is not None
+        ctx.shape, ctx.adds, ctx.kernels = x.shape, branch is not None, kernels
         ctx.set_materialize_grads(False)  # None for what nobody read
-        return total, y, *(y.detach() for _ in range(1, readers))  # each with a gradient of its own
+        if ctx.adds:
+            x = total.view(x.shape)
+        return x, *(y.view(x.shape) for _ in range(readers))  # each with a gradient of its own
 
     @staticmethod
     def backward(ctx, dtotal, *dy):
-        given = tuple(gradient for gradient in reversed(dy) if gradient is not None)
-        dx, dweight = ctx.kernels.norm_backward(*ctx.saved_tensors, dtotal, given)
+        given = tuple(_rows(gradient) for gradient in reversed(dy) if gradient is not None)
+        dx, dweight = ctx.kernels.norm_backward(*ctx.saved_tensors, _rows(dtotal), given)
+        dx = dx.view(ctx.shape)
         return dx, dx if ctx.adds else None, dweight, None, None, None
 
 
 class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, weight, eps, kernels):
+        ctx.shape, ctx.kernels = x.shape, kernels
+        x = x.flatten(0, 1)  # to the compiler, finding a head's token in [B, T] is a division
         y, r = kernels.turned(x, cos, sin, weight, eps)
         ctx.save_for_backward(x, r, weight, cos, sin)
-        ctx.kernels = kernels
-        return y
+        return y.view(ctx.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        dx, dweight = ctx.kernels.turned_backward(*ctx.saved_tensors, dy)
-        return dx, None, None, dweight, None, None
+        dx, dweight = ctx.kernels.turned_backward(*ctx.saved_tensors, dy.flatten(0, 1))
+        return dx.view(ctx.shape), None, None, dweight, None, None
+
+
+def _rows(x):
+    return None if x is None else x.flatten(0, -2)
 
 
 def _norm(x, branch, weight, eps):
@@ -117,7 +129,7 @@ def _norm_backward(x, r, weight, dx, dy):
 def _turned(x, cos, sin, weight, eps):
     """(y, with each pair turned; r)"""
     y, r = _rms_norm(x, weight, eps)
-    return y * cos.unsqueeze(1) + _swapped(y) * sin.unsqueeze(1), r  # cos, sin: [T, 1, head_dim]
+    return y * cos.unsqueeze(1) + _swapped(y) * sin.unsqueeze(1), r  # cos, sin: [tokens, 1, head_dim]
 
 
 def _turned_backward(x, r, weight, cos, sin, dy):
@@ -148,31 +160,29 @@ def _rms_norm_backward(x, r, weight, dy, dx=None):
 
 
 def compiled_kernels():
-    """`Kernels` that are compiled, for any batch.
+    """`Kernels` that are compiled, for any batch."""
+    norm = compiled(_norm, config={"XBLOCK": 1, "num_warps": 4})
+    turned = compiled(_turned, ONE_KERNEL, {"XBLOCK": 8, "num_warps": 2})
+    backward = _both_gradients(_norm_backward, 16), _both_gradients(_turned_backward, 256)
+    return Kernels(_for_any_batch(norm), backward[0], _for_any_batch(turned), backward[1])
 
-    A kernel that goes through rows for both gradients at once takes so many rows a thread block, and reads
-    ahead.
-    """
 
-    def rows(count):
-        name = "triton.mix_order_reduction_"
-        return {name + "split_size": count, name + "allow_multi_stages": True}
-
-    made = (
-        compiled(_norm, config={"XBLOCK": 1, "num_warps": 4}),
-        compiled(_norm_backward, rows(16)),
-        compiled(_turned),
-        compiled(_turned_backward, rows(256)),
-    )
-    return Kernels(*map(_for_any_batch, made))
+def _both_gradients(function, rows):
+    """A backward pass as one kernel, whose thread blocks go through so many rows each and add up their part
+    of the weight's gradient on the way. Few tokens are too few for that: they are cheap to read twice."""
+    one = "triton.mix_order_reduction"
+    many = {f"{one}_split_size": rows, f"{one}_allow_multi_stages": True, f"{one}_non_strict_mode": True}
+    many = _for_any_batch(compiled(function, ONE_KERNEL | many))
+    few = _for_any_batch(compiled(function, {one: False}))
+    return lambda x, *others: (many if len(x) >= MANY else few)(x, *others)
 
 
 def _for_any_batch(function):
     def call(*values):
         for value in values:
             for tensor in value if isinstance(value, tuple) else (value,):
-                if isinstance(tensor, torch.Tensor):  # [batch, tokens, ...], [tokens, head_dim] or [features]
-                    any_length(tensor, dims=min(2, tensor.dim() - 1))
+                if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:  # [tokens, ...], not a weight
+                    any_length(tensor)
         return function(*values)
 
     return call
