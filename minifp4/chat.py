@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from .linear import IGNORE
+from .loss import IGNORE
 
 # Qwen's special tokens, in the order of their numbers; the rest of Qwen's 26 have no use in text.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -1,5 +1,4 @@
-"""Matrix products with NVFP4 weights (W4A16), the embedding look-up, and the cross entropy of a large
-vocabulary.
+"""Matrix products with NVFP4 weights (W4A16), and the embedding look-up.
 
 The forward pass multiplies with what the 4-bit weight really is, in the activations' precision:
 
@@ -16,8 +15,6 @@ microseconds a megabyte. Only the weight itself is saved, and that exists anyway
 Biases do not occur in Qwen3's projections and are left out.
 """
 
-import math
-from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -40,9 +37,7 @@ from .nvfp4 import (
 )
 from .packed import Packed, dense, refit, refit_parts
 
-IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
 WORDS = 16384  # of the vocabulary in a slice of head or embedding
-LOGITS = 640 * 2**20  # bytes of logits that may exist at once: of 2,208 tokens of Qwen3 in bf16
 
 
 class Kernels(NamedTuple):
@@ -53,8 +48,6 @@ class Kernels(NamedTuple):
     refit: Callable  # (packed weights of a group)
     gated: Callable  # `_gated`
     gated_backward: Callable  # `_gated_backward`
-    log_sum: Callable  # `_log_sum`
-    dlogits: Callable  # `_dlogits`
 
 
 class Linear(nn.Module):
@@ -64,8 +57,8 @@ class Linear(nn.Module):
     kept_scale: the group's scale of dense weights since the last `refit_global_scales`, else None.
     decoded: what the product reads, kept while weights do not change (`Qwen3.decoded`), else None.
     unread: nobody reads the product now, only its derivatives are wanted (`model.Recomputation`).
-    on_gradient: a function (slice of rows, their gradient), or None. `cross_entropy` gives it the gradient
-    of the head some rows at a time, and autograd none: the whole is as large as the dense matrix.
+    on_gradient: a function (slice of rows, their gradient), or None. `loss.cross_entropy` gives it the
+    gradient of the head some rows at a time, and autograd none: the whole is as large as the dense matrix.
     """
 
     def __init__(self, in_features, out_features):
@@ -159,6 +152,11 @@ def weight_value(weight, global_scale, dtype, rows=slice(None), kernels=None):
     return kernels.fake_quantize(weight.detach()[rows], global_scale, dtype)
 
 
+def word_slices(count):
+    """Slices of a vocabulary of so many words, for what would be large as a whole."""
+    return row_slices(count, WORDS)
+
+
 class _MatrixProduct(torch.autograd.Function):
     """With a gate, silu(gate) * x is not kept for the backward pass, which makes it again."""
 
@@ -219,123 +217,12 @@ class _LookUp(torch.autograd.Function):
         if ctx.on_gradient is None:
             dweight = torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)
             return None, dweight, None, None, None
-        for words in row_slices(len(weight), WORDS):
+        for words in word_slices(len(weight)):
             count = words.stop - words.start  # row `count` is for all other words, and dropped
             ours = torch.where((ids >= words.start) & (ids < words.stop), ids - words.start, count)
             rows = torch.ops.aten.embedding_dense_backward(dy, ours, count + 1, -1, False)
             ctx.on_gradient(words, rows[:count])
         return None, None, None, None, None
-
-
-def cross_entropy(hidden, head, targets):
-    """Mean cross entropy of `hidden` [N, D] through the layer `head` (a `Linear`) against `targets` [N],
-    fp32 [].
-
-    For 16,384 tokens and Qwen3's 151,936 words the logits would fill 5 GB in bf16, and computing them again
-    in the backward pass costs as much as a whole layer. So they exist for a piece of the tokens at a time,
-    and the forward pass turns each piece into its gradient, in place: that is known but for one factor,
-    the gradient of the loss itself.
-
-    The last piece's part of the head's gradient is left to the backward pass, where `head.on_gradient`, if
-    there is one, takes it a slice of the vocabulary at a time. Then a batch of one piece holds neither the
-    head nor its gradient whole; one of several holds both, but its activations are larger.
-    """
-    return _CrossEntropy.apply(
-        hidden, head.weight, head.global_scale(), targets, head.kernels, head.on_gradient,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, global_scale, targets, kernels, on_gradient, training):
-        wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
-        decode = partial(_slices, weight, global_scale, hidden.dtype, kernels)
-        pieces, whole, earlier = _pieces(hidden, len(weight)), None, None
-        if len(pieces) > 1:
-            whole = list(decode(len(weight)))
-            earlier = hidden.new_empty(weight.shape) if wants_weight else None  # of all pieces but the last
-        learned = targets != IGNORE
-        share = learned / learned.sum()  # of each token in the mean
-        losses = torch.empty_like(share)
-        dhidden = torch.empty_like(hidden) if wants_hidden else None
-        space = hidden.new_empty(pieces[0].stop, len(weight))
-        for tokens in pieces:
-            x, logits = hidden[tokens], space[: tokens.stop - tokens.start]
-            for words, w4 in whole or decode(WORDS):
-                torch.mm(x, w4.T, out=logits[:, words])
-            total, wanted = _log_sums(logits, targets[tokens], kernels)
-            losses[tokens] = total - wanted
-            if wants_hidden or wants_weight:
-                _become_gradient(logits, targets[tokens], total, share[tokens], kernels)
-            if wants_hidden:
-                for words, w4 in whole or decode(WORDS):  # beta 0: overwrite what was there
-                    dhidden[tokens].addmm_(logits[:, words], w4, beta=float(words.start > 0))
-            if earlier is not None and tokens is not pieces[-1]:
-                earlier.addmm_(logits.T, x, beta=float(tokens.start > 0))
-        ctx.save_for_backward(x, logits if wants_weight else None, dhidden, earlier)
-        ctx.on_gradient = on_gradient
-        return (losses * share).sum()
-
-    @staticmethod
-    def backward(ctx, dloss):
-        x, dlogits, dhidden, earlier = ctx.saved_tensors  # None for what is not wanted
-        dhidden = None if dhidden is None else dhidden * dloss
-        if dlogits is None:
-            return dhidden, *[None] * 6
-        by_rows, vocabulary, x = ctx.on_gradient is not None, dlogits.shape[1], x * dloss
-        dweight = None if by_rows else x.new_empty(vocabulary, x.shape[1])
-        for words in row_slices(vocabulary, WORDS):
-            rows = dlogits[:, words].T @ x
-            if earlier is not None:
-                rows += earlier[words] * dloss
-            if by_rows:
-                ctx.on_gradient(words, rows)
-            else:
-                dweight[words] = rows
-        return dhidden, dweight, *[None] * 5
-
-
-def _pieces(hidden, vocabulary):
-    """Slices of the tokens, about equally long, each of as many as may have their logits at once."""
-    count = max(1, math.ceil(len(hidden) * vocabulary * hidden.itemsize / LOGITS))
-    return row_slices(len(hidden), math.ceil(len(hidden) / count) or 1) or [slice(0, 0)]
-
-
-def _slices(weight, global_scale, dtype, kernels, size):
-    """(slice of the vocabulary, that part of the weight) for all slices of `size` words."""
-    for words in row_slices(len(weight), size):
-        yield words, weight_value(weight, global_scale, dtype, words, kernels)
-
-
-def _log_sums(logits, targets, kernels):
-    """(logsumexp [N], the target's logit [N]) of logits [N, vocabulary], fp32."""
-    total = logits.new_full(targets.shape, -torch.inf, dtype=torch.float32)
-    wanted = torch.zeros_like(total)
-    for words in row_slices(logits.shape[1], WORDS):
-        log_sum, target = kernels.log_sum(logits[:, words], targets - words.start)
-        total, wanted = torch.logaddexp(total, log_sum), wanted + target
-    return total, wanted
-
-
-def _become_gradient(logits, targets, total, share, kernels):
-    """Put the gradient of the loss in the place of `logits`."""
-    for words in row_slices(logits.shape[1], WORDS):
-        kernels.dlogits(logits[:, words], targets - words.start, total, share)
-
-
-def _log_sum(logits, targets):
-    """(logsumexp [N], the target's logit [N], 0 where it is not among the words of `logits` [N, words])."""
-    here = (targets >= 0) & (targets < logits.shape[1])
-    target = logits.gather(1, torch.where(here, targets, 0).unsqueeze(1)).squeeze(1)
-    return logits.float().logsumexp(-1), torch.where(here, target.float(), 0.0)
-
-
-def _dlogits(logits, targets, total, share):
-    """In the place of `logits` [N, words] their gradient, (probability - 1 at the target) * share."""
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
-    probability = (logits.float() - total.unsqueeze(-1)).exp()
-    logits.copy_((probability - is_target.float()) * share.unsqueeze(-1))
 
 
 def compiled_kernels():
@@ -361,7 +248,7 @@ def compiled_kernels():
 
     return Kernels(
         dequantize, fake_quantize, lambda weights: refit(weights, fit),
-        *(torch.compile(function) for function in (_gated, _gated_backward, _log_sum, _dlogits)),
+        torch.compile(_gated), torch.compile(_gated_backward),
     )  # fmt: skip
 
 
@@ -375,4 +262,4 @@ def _fake_blocks(weight, global_scale, stored, dtype):
     return _decode_blocks(*encode(unpaired(weight, stored), 1 / global_scale), global_scale, dtype)
 
 
-EAGER = Kernels(dequantize, fake_quantize, refit, _gated, _gated_backward, _log_sum, _dlogits)
+EAGER = Kernels(dequantize, fake_quantize, refit, _gated, _gated_backward)

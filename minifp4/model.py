@@ -24,15 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import linear, norm
-from .linear import (
-    IGNORE,
-    Embedding,
-    Linear,
-    cross_entropy,
-    refit_global_scales,
-    share_global_scale,
-)
+from . import linear, loss, norm
+from .linear import Embedding, Linear, refit_global_scales, share_global_scale
+from .loss import IGNORE, cross_entropy
 from .norm import AddNorm, HeadNorm, RMSNorm, rope_tables
 
 DECODED_LIMIT = 2**31  # bytes of dense weights that `Qwen3.decoded` is willing to keep
@@ -255,6 +249,7 @@ class Qwen3(nn.Module):
         for layer in self.linears():
             layer.quantized = quantize
         self.model.embed_tokens.quantized = quantize and config.tie_word_embeddings
+        self.kernels = loss.EAGER
 
     def linears(self):
         """All projections, and the head last."""
@@ -273,6 +268,7 @@ class Qwen3(nn.Module):
         Matrix products and attention are large enough, and stay as they are.
         """
         products, norms = linear.compiled_kernels(), norm.compiled_kernels()
+        self.kernels = loss.compiled_kernels()
         for module in self.modules():
             if isinstance(module, (Linear, Embedding)):
                 module.kernels = products
@@ -315,7 +311,7 @@ class Qwen3(nn.Module):
         else:
             hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if kind == "ce":
-            return cross_entropy(hidden, self.lm_head, targets)
+            return cross_entropy(hidden, self.lm_head, targets, self.kernels)
         learned = targets != IGNORE
         goal = self.model.embed_tokens(targets.clamp(min=0), hidden.dtype).detach()
         distance = (hidden - goal).float().abs().mean(-1)

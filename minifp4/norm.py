@@ -23,7 +23,7 @@ from .kernels import any_length, compiled
 
 # For the compiler, which would keep what reads more than four tensors in memory.
 ONE_KERNEL = {"realize_reads_threshold": 64, "realize_opcount_threshold": 500}
-MANY = 1024  # tokens: a norm's two gradients in one kernel
+MANY = 1024  # tokens, for which the two gradients of a norm are one kernel
 
 
 class Kernels(NamedTuple):
@@ -78,18 +78,18 @@ def rope_tables(positions, head_dim, theta, dtype):
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, eps, readers, kernels):
-        total, y, r = kernels.norm(_rows(x), _rows(branch), weight, eps)
+        parts = (part if part is None else part.flatten(0, -2) for part in (x, branch))
+        total, y, r = kernels.norm(*parts, weight, eps)
         ctx.save_for_backward(total, r, weight)
         ctx.shape, ctx.adds, ctx.kernels = x.shape, branch is not None, kernels
-        ctx.set_materialize_grads(False)  # None for what nobody read
         if ctx.adds:
             x = total.view(x.shape)
         return x, *(y.view(x.shape) for _ in range(readers))  # each with a gradient of its own
 
     @staticmethod
     def backward(ctx, dtotal, *dy):
-        given = tuple(_rows(gradient) for gradient in reversed(dy) if gradient is not None)
-        dx, dweight = ctx.kernels.norm_backward(*ctx.saved_tensors, _rows(dtotal), given)
+        dtotal, *dy = (gradient.flatten(0, -2) for gradient in (dtotal, *reversed(dy)))
+        dx, dweight = ctx.kernels.norm_backward(*ctx.saved_tensors, dtotal, tuple(dy))
         dx = dx.view(ctx.shape)
         return dx, dx if ctx.adds else None, dweight, None, None, None
 
@@ -109,10 +109,6 @@ class _HeadNorm(torch.autograd.Function):
         return dx.view(ctx.shape), None, None, dweight, None, None
 
 
-def _rows(x):
-    return None if x is None else x.flatten(0, -2)
-
-
 def _norm(x, branch, weight, eps):
     """(x + branch, y, r)"""
     if branch is not None:
@@ -121,7 +117,7 @@ def _norm(x, branch, weight, eps):
 
 
 def _norm_backward(x, r, weight, dx, dy):
-    """(the gradient of x, of weight), from those of x itself (or None) and of all copies of y."""
+    """(the gradient of x, of weight), from those of x itself and of all copies of y."""
     first, *others = (gradient.float() for gradient in dy)
     return _rms_norm_backward(x, r, weight, sum(others, first), dx)
 
@@ -150,34 +146,37 @@ def _rms_norm(x, weight, eps):
     return weight.to(x.dtype) * (wide * r).to(x.dtype), r
 
 
-def _rms_norm_backward(x, r, weight, dy, dx=None):
-    """`dy` in fp32. `dx`: what to add to the gradient of x."""
+def _rms_norm_backward(x, r, weight, dy, dx=0):
+    """`dy` in fp32. `dx`: what else to add to the gradient of x."""
     wide = x.float()
     dn = dy * weight.to(x.dtype)
-    more = dn * r if dx is None else dx + dn * r
-    more = more - wide * ((dn * wide).sum(-1, keepdim=True) * r.pow(3) / x.shape[-1])
-    return more.to(x.dtype), (dy * (wide * r)).sum(tuple(range(x.dim() - 1))).to(x.dtype)
+    dx = dx + dn * r - wide * ((dn * wide).sum(-1, keepdim=True) * r.pow(3) / x.shape[-1])
+    return dx.to(x.dtype), (dy * (wide * r)).sum(tuple(range(x.dim() - 1))).to(x.dtype)
 
 
 def compiled_kernels():
     """`Kernels` that are compiled, for any batch."""
-    norm = compiled(_norm, config={"XBLOCK": 1, "num_warps": 4})
-    turned = compiled(_turned, ONE_KERNEL, {"XBLOCK": 8, "num_warps": 2})
-    backward = _both_gradients(_norm_backward, 16), _both_gradients(_turned_backward, 256)
-    return Kernels(_for_any_batch(norm), backward[0], _for_any_batch(turned), backward[1])
+    return Kernels(
+        norm=_for_any_batch(compiled(_norm, config={"XBLOCK": 1, "num_warps": 4})),
+        norm_backward=_both_gradients(_norm_backward, 16),
+        turned=_for_any_batch(compiled(_turned, ONE_KERNEL, {"XBLOCK": 8, "num_warps": 2})),
+        turned_backward=_both_gradients(_turned_backward, 256),
+    )
 
 
 def _both_gradients(function, rows):
     """A backward pass as one kernel, whose thread blocks go through so many rows each and add up their part
-    of the weight's gradient on the way. Few tokens are too few for that: they are cheap to read twice."""
+    of the weight's gradient on the way. Few tokens are too few for that, and cheap to read twice."""
     one = "triton.mix_order_reduction"
-    many = {f"{one}_split_size": rows, f"{one}_allow_multi_stages": True, f"{one}_non_strict_mode": True}
-    many = _for_any_batch(compiled(function, ONE_KERNEL | many))
+    how = {f"{one}_split_size": rows, f"{one}_allow_multi_stages": True, f"{one}_non_strict_mode": True}
+    many = _for_any_batch(compiled(function, ONE_KERNEL | how))
     few = _for_any_batch(compiled(function, {one: False}))
     return lambda x, *others: (many if len(x) >= MANY else few)(x, *others)
 
 
 def _for_any_batch(function):
+    """`function`, compiled, without regard to how many tokens there are."""
+
     def call(*values):
         for value in values:
             for tensor in value if isinstance(value, tuple) else (value,):

@@ -28,7 +28,7 @@ from functools import partial
 
 import torch
 
-from .linear import IGNORE
+from .loss import IGNORE
 from .memory import Shortage
 
 BEHIND = 2**27  # bytes of gradients that may wait for their update in a recorded step

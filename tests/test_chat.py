@@ -6,7 +6,7 @@ import pytest
 
 import minifp4
 from minifp4 import chat
-from minifp4.linear import IGNORE
+from minifp4.loss import IGNORE
 
 
 @pytest.fixture(scope="module")

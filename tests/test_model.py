@@ -10,7 +10,7 @@ from conftest import CONFIG, small_model
 from torch import nn
 
 import minifp4
-from minifp4 import linear, nvfp4, sampling
+from minifp4 import linear, loss, nvfp4, sampling
 from minifp4.model import Config
 
 SHAPES = {
@@ -46,7 +46,7 @@ def test_logits_and_gradients_equal_transformers(changes):
     model = small_model(quantize=False, **changes)
     twin = hf_twin(model)
     ids, labels = ids_of(2, 20), ids_of(2, 20)
-    labels[:, :7] = linear.IGNORE
+    labels[:, :7] = loss.IGNORE
     assert (model(ids) - twin(ids).logits).abs().max() < 1e-5
     model.loss(ids, labels).backward()
     twin(ids, labels=labels).loss.backward()
@@ -143,12 +143,12 @@ def test_cross_entropy_in_pieces(words, logits, by_rows, monkeypatch):
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
     targets = torch.randint(0, len(head.weight), (7,), generator=generator)
-    monkeypatch.setattr(linear, "LOGITS", logits)
+    monkeypatch.setattr(loss, "LOGITS", logits)
     monkeypatch.setattr(linear, "WORDS", words)
     rows = []
     if by_rows:
         head.on_gradient = lambda words, gradient: rows.append(gradient)
-    found = linear.cross_entropy(hidden, head, targets)
+    found = loss.cross_entropy(hidden, head, targets)
     expected = F.cross_entropy(hidden @ head.weight.T, targets)
     assert torch.allclose(found, expected, atol=1e-6)
     dhidden, dweight = torch.autograd.grad(found * 3, (hidden, head.weight), allow_unused=by_rows)
@@ -163,12 +163,12 @@ def test_the_loss_makes_only_gradients_that_are_wanted(wanted):
     called = []
     head = linear.Linear(32, 64)
     nn.init.normal_(head.weight).requires_grad_("weight" in wanted)
-    head.kernels = linear.EAGER._replace(dlogits=lambda *parts: called.append(linear._dlogits(*parts)))
+    kernels = loss.EAGER._replace(dlogits=lambda *parts: called.append(loss._dlogits(*parts)))
     hidden, targets = torch.randn(5, 32, requires_grad="x" in wanted), torch.arange(5)
     with torch.no_grad():
-        linear.cross_entropy(hidden, head, targets)
+        loss.cross_entropy(hidden, head, targets, kernels)
     assert not called
-    linear.cross_entropy(hidden, head, targets).backward()
+    loss.cross_entropy(hidden, head, targets, kernels).backward()
     assert called
     for p in (hidden, head.weight):
         assert (p.grad is not None) == p.requires_grad
@@ -212,7 +212,7 @@ def test_weights_are_read_by_compiled_code_even_in_eager(dtype, monkeypatch):
 
 def test_no_token_to_learn_has_no_gradient():
     model = small_model()
-    model.loss(ids_of(1, 6), torch.full((1, 6), linear.IGNORE)).backward()
+    model.loss(ids_of(1, 6), torch.full((1, 6), loss.IGNORE)).backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_model
 
-from minifp4 import AdamW, checkpoint, linear
+from minifp4 import AdamW, checkpoint, linear, loss
 from minifp4.files import bits
 from minifp4.packed import Packed
 from minifp4.step import Step
@@ -57,7 +57,7 @@ def different(a, b):
 def test_a_step_in_the_backward_pass_gives_the_same_bits(tied, logits, monkeypatch):
     """A tied weight is updated once, when both of its gradients have been added."""
     monkeypatch.setattr(linear, "WORDS", 100)  # rows of head and embedding at a time
-    monkeypatch.setattr(linear, "LOGITS", logits)
+    monkeypatch.setattr(loss, "LOGITS", logits)
     plain, _ = stepped(False, tied=tied)
     hooked, step = stepped(True, tied=tied)
     assert not different(plain, hooked)

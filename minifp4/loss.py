@@ -1,0 +1,137 @@
+"""The cross entropy of a large vocabulary, in pieces.
+
+For 16,384 tokens and Qwen3's 151,936 words the logits would fill 5 GB in bf16, and computing them again in
+the backward pass costs as much as a whole layer. So they exist for a piece of the tokens at a time, and the
+forward pass turns each piece into its gradient, in place: that is known but for one factor, the gradient of
+the loss itself.
+
+The last piece's part of the head's gradient is left to the backward pass, where `head.on_gradient`, if there
+is one, takes it a slice of the vocabulary at a time. Then a batch of one piece holds neither the head nor its
+gradient whole; one of several holds both, but its activations are larger.
+"""
+
+import math
+from functools import partial
+from typing import Callable, NamedTuple
+
+import torch
+
+from .linear import weight_value, word_slices
+from .nvfp4 import row_slices
+
+IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
+LOGITS = 640 * 2**20  # bytes of logits that may exist at once: of 2,208 tokens of Qwen3 in bf16
+
+
+class Kernels(NamedTuple):
+    """What this module does in many small operations; `compiled_kernels` makes one or two of each."""
+
+    log_sum: Callable  # `_log_sum`
+    dlogits: Callable  # `_dlogits`
+
+
+def cross_entropy(hidden, head, targets, kernels=None):
+    """Mean cross entropy of `hidden` [N, D] through the layer `head` (a `Linear`) against `targets` [N],
+    fp32 []; those that are IGNORE do not count."""
+    return _CrossEntropy.apply(hidden, head.weight, targets, head, kernels or EAGER, torch.is_grad_enabled())
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, head, kernels, training):
+        wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
+        decode = partial(_decoded, weight, head.global_scale(), hidden.dtype, head.kernels)
+        pieces, slices = _pieces(hidden, len(weight)), word_slices(len(weight))
+        whole = earlier = None
+        if len(pieces) > 1:
+            whole = list(decode([slice(0, len(weight))]))
+            earlier = hidden.new_empty(weight.shape) if wants_weight else None  # of all pieces but the last
+        learned = targets != IGNORE
+        share = learned / learned.sum()  # of each token in the mean
+        losses = torch.empty_like(share)
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        space = hidden.new_empty(pieces[0].stop, len(weight))
+        for tokens in pieces:
+            x, logits = hidden[tokens], space[: tokens.stop - tokens.start]
+            for words, w4 in whole or decode(slices):
+                torch.mm(x, w4.T, out=logits[:, words])
+            total, wanted = _log_sums(logits, targets[tokens], kernels)
+            losses[tokens] = total - wanted
+            if wants_hidden or wants_weight:
+                _become_gradient(logits, targets[tokens], total, share[tokens], kernels)
+            if wants_hidden:
+                for words, w4 in whole or decode(slices):  # beta 0: overwrite what was there
+                    dhidden[tokens].addmm_(logits[:, words], w4, beta=float(words.start > 0))
+            if earlier is not None and tokens is not pieces[-1]:
+                earlier.addmm_(logits.T, x, beta=float(tokens.start > 0))
+        ctx.save_for_backward(x, logits if wants_weight else None, dhidden, earlier)
+        ctx.on_gradient = head.on_gradient
+        return (losses * share).sum()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, dlogits, dhidden, earlier = ctx.saved_tensors  # None for what is not wanted
+        dhidden = None if dhidden is None else dhidden * dloss
+        if dlogits is None:
+            return dhidden, *[None] * 5
+        by_rows, vocabulary, x = ctx.on_gradient is not None, dlogits.shape[1], x * dloss
+        dweight = None if by_rows else x.new_empty(vocabulary, x.shape[1])
+        for words in word_slices(vocabulary):
+            rows = dlogits[:, words].T @ x
+            if earlier is not None:
+                rows += earlier[words] * dloss
+            if by_rows:
+                ctx.on_gradient(words, rows)
+            else:
+                dweight[words] = rows
+        return dhidden, dweight, *[None] * 4
+
+
+def _pieces(hidden, vocabulary):
+    """Slices of the tokens, about equally long, each of as many as may have their logits at once."""
+    count = max(1, math.ceil(len(hidden) * vocabulary * hidden.itemsize / LOGITS))
+    return row_slices(len(hidden), math.ceil(len(hidden) / count) or 1) or [slice(0, 0)]
+
+
+def _decoded(weight, global_scale, dtype, kernels, slices):
+    """(slice of the vocabulary, that part of the weight) for all `slices`."""
+    for words in slices:
+        yield words, weight_value(weight, global_scale, dtype, words, kernels)
+
+
+def _log_sums(logits, targets, kernels):
+    """(logsumexp [N], the target's logit [N]) of logits [N, vocabulary], fp32."""
+    total = logits.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+    wanted = torch.zeros_like(total)
+    for words in word_slices(logits.shape[1]):
+        log_sum, target = kernels.log_sum(logits[:, words], targets - words.start)
+        total, wanted = torch.logaddexp(total, log_sum), wanted + target
+    return total, wanted
+
+
+def _become_gradient(logits, targets, total, share, kernels):
+    """Put the gradient of the loss in the place of `logits`."""
+    for words in word_slices(logits.shape[1]):
+        kernels.dlogits(logits[:, words], targets - words.start, total, share)
+
+
+def _log_sum(logits, targets):
+    """(logsumexp [N], the target's logit [N], 0 where it is not among the words of `logits` [N, words])."""
+    here = (targets >= 0) & (targets < logits.shape[1])
+    target = logits.gather(1, torch.where(here, targets, 0).unsqueeze(1)).squeeze(1)
+    return logits.float().logsumexp(-1), torch.where(here, target.float(), 0.0)
+
+
+def _dlogits(logits, targets, total, share):
+    """In the place of `logits` [N, words] their gradient, (probability - 1 at the target) * share."""
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
+    probability = (logits.float() - total.unsqueeze(-1)).exp()
+    logits.copy_((probability - is_target.float()) * share.unsqueeze(-1))
+
+
+def compiled_kernels():
+    """`Kernels` that are compiled."""
+    return Kernels(torch.compile(_log_sum), torch.compile(_dlogits))
+
+
+EAGER = Kernels(_log_sum, _dlogits)
