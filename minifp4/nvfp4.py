@@ -47,9 +47,10 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9  # the smallest positive E4M3, a subnormal
 FP32_MAX = torch.finfo(torch.float32).max
+SIGN = -(2**31)  # the bit of the sign in fp32
 ONE, SIX = 0x3F800000, 0x40C00000  # the bits of 1.0 and 6.0 in fp32
 FP16_UNIT = 2.0**14  # how much more than in fp16 an exponent means in E2M1
-BOTH = 0x00010001  # times a number: the same number in both halves of the int32 that `spread` makes
+BOTH = 0x00010001  # times a number: the same number in both halves of an int32
 RANDOM = 2**22  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 
 
@@ -203,23 +204,20 @@ def paired(even, odd):
     return even & 0xFFFF | odd << 16
 
 
-def encode(x, encode_scale, bits=None, smallest=0, scale=None):
+def encode(x, encode_scale, bits=None, scale=None):
     """(qdata uint8 [..., K/2], scale E4M3 [..., K/16]) of `x`, fp32 halves of [..., K]: the arithmetic of
     `quantize`.
 
     encode_scale: fp32, the reciprocal of the global scale; [], or [..., 1] with one for each row.
     bits: random int32, halves shaped as x, make the rounding stochastic; the lower 22 of each count.
-    smallest: the least code allowed; 1 for numbers that are positive and must not become 0 (`precision.py`).
     scale: block scales to use instead of new ones.
     """
     x = in_blocks(x)
     if scale is None:
         scale = block_scale(block_amax(x), encode_scale, upward=bits is not None)
-        if smallest:
-            scale = above_zero(scale)
     inverse = inverse_scale(scale, encode_scale)
     bits = (None, None) if bits is None else in_blocks(bits)
-    even, odd = (e2m1_code(half * inverse, drawn, smallest) for half, drawn in zip(x, bits))
+    even, odd = (e2m1_code(half * inverse, drawn) for half, drawn in zip(x, bits))
     return (even | odd << 4).to(torch.uint8).flatten(-2), scale
 
 
@@ -228,16 +226,19 @@ def in_blocks(x):
     return tuple(half.unflatten(-1, (-1, BLOCK // 2)) for half in x)
 
 
-def block_amax(x):
-    """The largest magnitude of each block, [..., K/16], of fp32 halves [..., K/16, 8]; NaN if one is."""
-    even, odd = (magnitude_bits(half).amax(-1) for half in x)
+def block_amax(x, positive=False):
+    """The largest magnitude of each block, [..., K/16], of fp32 halves [..., K/16, 8]; NaN if one is.
+
+    positive: none is below 0, so magnitudes need not be taken.
+    """
+    even, odd = ((half.view(torch.int32) if positive else magnitude_bits(half)).amax(-1) for half in x)
     return torch.maximum(even, odd).view(torch.float32)
 
 
 def magnitude_bits(x):
     """The bits of |x| (fp32) as int32: ordered as the numbers are, NaN last, and quicker to compare on a
     GPU."""
-    return x.view(torch.int32) & 0x7FFFFFFF
+    return x.abs().view(torch.int32)
 
 
 def above_zero(scale):
@@ -273,15 +274,17 @@ def next_e4m3(scale, where, step=1):
 
 def decode(qdata, scale, global_scale):
     """The inverse of `encode`: halves, fp32 [..., K/2] each; `global_scale` is [] or [..., 1]."""
-    codes = spread(qdata)
-    return scaled(as_fp16(codes & 7 * BOTH, codes), scale, global_scale * FP16_UNIT)
+    # A product with two bits set puts a byte into both halves of an int32, the even code where the lower one
+    # wants it and the odd one where the upper does: `fp16_bits` of two codes at once.
+    x = qdata.to(torch.int32)
+    magnitudes, signs = x * (1 << 9 | 1 << 21), x * (1 << 12 | 1 << 24)
+    bits = magnitudes & (7 << 9) * BOTH | signs & (8 << 12) * BOTH + 2 * SIGN
+    return scaled(both_fp16(bits), scale, global_scale * FP16_UNIT)
 
 
-def spread(x):
-    """Bytes of two codes -> int32 with the even code in the lower half of its bits, the odd one in the upper:
-    a GPU then computes with both in one instruction, and with 32 bits as quickly as with 8."""
-    x = x.to(torch.int32)
-    return (x | x << 12) & 15 * BOTH
+def both_fp16(bits):
+    """The fp16 numbers whose bits are the lower and the upper half of int32."""
+    return tuple(half.to(torch.int16).view(torch.float16) for half in (bits, bits >> 16))
 
 
 def decode_rows(qdata, scale, global_scale):
@@ -298,15 +301,9 @@ def scaled(x, scale, global_scale):
     return tuple((half.float() * step).flatten(-2) for half in in_blocks(x))
 
 
-def e2m1_code(y, bits=None, smallest=0):
+def e2m1_code(y, bits=None):
     """The codes (int32, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6."""
-    code = magnitude_code(limited(y, SIX), bits)
-    return code.clamp(min=smallest) & 7 if smallest else code & 7 | sign_bit(y)
-
-
-def limited(y, most):
-    """The bits of |y|, but at most `most` (bits). NaN becomes that too; a block's scale keeps it visible."""
-    return magnitude_bits(y).clamp(max=most)
+    return (rounded(y, bits, SIX) | y.view(torch.int32) & SIGN) >> 28 & 15
 
 
 def sign_bit(y):
@@ -314,43 +311,42 @@ def sign_bit(y):
     return y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
 
 
-def magnitude_code(raw, bits=None, further=0):
-    """Number the codes from 0 in order of their magnitude, and round to them (int32) the fp32 magnitudes of
-    which `raw` are the bits.
+def limited(y, most):
+    """The bits of |y|, but at most `most` (bits). NaN becomes that too; a block's scale keeps it visible."""
+    return magnitude_bits(y).clamp(max=most)
 
-    further: mantissa bits beyond E2M1's one, for a finer grid (`packed.py`): with 4 of them codes are 1/16 as
-    far apart, and 16 times as large.
 
-    Nearest: below 2 codes are 1/2 apart, from 2 to 4 they are 1 apart, and 4 and 6 are 2 apart. fp32 numbers
-    are that far apart from 2**22, 2**23 and 2**24 on. So adding that power of two makes the processor round
-    to a code, ties to even, and the sum's last bits count the steps.
+def rounded(y, bits, most, further=0):
+    """Round |y| (fp32, limited to a number whose bits are `most`) to a code: int32 >= 0, of which bits 28 to
+    30 are the code and those below mean nothing.
 
-    Stochastic: E2M1 keeps fp32's sign, exponent and highest mantissa bit, place 22. Adding random bits below
-    it and cutting them off rounds up with the probability of the fraction; what has only zeros there, a
-    number on the grid, never moves. 1 in fp32 is 254 at that place and has code 2. Below 1 codes keep on
-    being 1/2 apart, as fp32 is in [1, 2): 1 is added and two codes taken off.
+    further: mantissa bits beyond E2M1's one, for a finer grid (`packed.py`); they are the bits below.
+
+    Below 2 codes are 1/2 apart, from 2 to 4 they are 1 apart, and 4 and 6 are 2 apart.
+
+    Nearest: fp32 numbers are that far apart from 2**22, 2**23 and 2**24 on. So adding that power of two
+    makes the processor round to a code, ties to even, and the sum's last bits count the steps.
+
+    Stochastic: the larger of |y| + 1 and 2 |y| is 1 for code 0, 1.5 for 1, 2, 3, 4, 6, 8 and 12 for the
+    others: one step in fp32's exponent and highest mantissa bit, place 22, from each to the next. Adding
+    random bits below rounds up with the probability of the fraction, and what has only zeros there, a number
+    on the grid, never moves.
     """
-    magnitude, place = raw.view(torch.float32), 22 - further
+    place = 22 - further
     if bits is None:
-        exponent = (raw & 0x7F800000).clamp(min=ONE)
+        magnitude = limited(y, most)
+        exponent = (magnitude & 0x7F800000).clamp(min=ONE)
         power = exponent + (place << 23)
-        return (magnitude + power.view(torch.float32)).view(torch.int32) - power + (exponent - ONE >> place)
-    below_1 = raw - ONE >> 31  # -1 where it is so, else 0: all its bits are set or none
-    raised = magnitude + (below_1 & ONE).view(torch.float32)
-    return (raised.view(torch.int32) + (bits & (1 << place) - 1) >> place) + (2 * below_1 - 252 << further)
-
-
-def as_fp16(numbers, codes, further=0):
-    """The values of `magnitude_code`'s numbers, with the signs of `codes`, in fp16 and times 2**-14: halves.
-
-    Both are laid out by `spread`, so that one operation serves two of them.
-    """
-    bits = fp16_bits(numbers, codes & 8 * BOTH, further)
-    return tuple(half.to(torch.int16).view(torch.float16) for half in (bits, bits >> 16))
+        steps = (magnitude.view(torch.float32) + power.view(torch.float32)).view(torch.int32) - power
+        return steps + (exponent - ONE >> place) << place + 6
+    magnitude = y.abs()
+    steps = torch.maximum((magnitude + 1).view(torch.int32), (magnitude + magnitude).view(torch.int32))
+    steps = steps.clamp(max=most + (1 << 23)) - ONE  # twice `most`
+    return steps + (bits & (1 << place) - 1) << 6
 
 
 def fp16_bits(numbers, signs, further=0):
-    """The bits of such an fp16 number; `signs`: bit 3 of the codes alone.
+    """The bits of an fp16 number that is E2M1's times 2**-14; `signs`: bit 3 of the codes alone.
 
     An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there.
     What is left to correct is the exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16

@@ -45,8 +45,9 @@ from .precision import (
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above all before it asks for more
+LAUNCH = 2**26  # weights that one kernel updates, at most; more are no faster
 # For the compiler, which would split `update`, and check in it that every block's row exists.
-ONE_KERNEL = {"max_fusion_size": 512, "assert_indirect_indexing": False}
+ONE_KERNEL = {"max_fusion_size": 512, "assert_indirect_indexing": False, "realize_opcount_threshold": 100}
 A_BLOCK_A_THREAD = {"XBLOCK": 128, "num_warps": 4}  # so that threads exchange nothing
 
 
@@ -57,64 +58,62 @@ class Hyper(NamedTuple):
     lr: torch.Tensor
     beta1: torch.Tensor
     beta2: torch.Tensor
-    eps: torch.Tensor
     weight_decay: torch.Tensor
-    mean_gain: torch.Tensor  # 1 / (1 - beta1**t) undoes the zero start of m
-    root_gain: torch.Tensor  # 1 / sqrt(1 - beta2**t), of sqrt(v)
+    root_gain: torch.Tensor  # (1 - beta1**t) / sqrt(1 - beta2**t) undoes the zero starts, for sqrt(v)
+    eps: torch.Tensor  # times (1 - beta1**t)
     grad_scale: torch.Tensor  # multiplies the gradient: clipping
 
 
 def moments(g, m, root, hyper):
     """The new (m, root), `root` standing for sqrt(v)."""
-    m = hyper.beta1 * m + (1 - hyper.beta1) * g
-    v = hyper.beta2 * root.square() + (1 - hyper.beta2) * g.square()
+    m = hyper.beta1 * m + (1 - hyper.beta1) * hyper.grad_scale * g
+    v = hyper.beta2 * root.square() + (1 - hyper.beta2) * hyper.grad_scale.square() * g.square()
     return m, v * (v + TINY).rsqrt()  # sqrt(v): a GPU has an instruction for rsqrt, not for sqrt
 
 
-def change(w, m, root, hyper):
-    """What AdamW adds to `w`, from the new moments."""
+def direction(w, m, root, hyper):
+    """What AdamW subtracts from `w`, but for the factor lr, from the new moments."""
     inverse = (root * hyper.root_gain + hyper.eps).rsqrt().square()
-    u = m * hyper.mean_gain * inverse
-    u = limited(u, MAX_UPDATE).view(torch.float32).copysign(u)
-    return -hyper.lr * (u + hyper.weight_decay * w)
+    u = limited(m.abs() * inverse, MAX_UPDATE).view(torch.float32).copysign(m)
+    return u + hyper.weight_decay * w
 
 
 def update(
-    stores, parts, grad, largest, squares, first, key, hyper, ok, *, grad_dtype, stochastic, stochastic_root
-):
+    stores, parts, grad, largest, squares, first, key, hyper, ok, asked, arrived, *, grad_dtype, stochastic,
+    stochastic_root,
+):  # fmt: skip
     """One step on some rows of a matrix, in place.
 
     stores, parts: the storages of w, m and sqrt(v), and these rows of their tensors.
     grad: one block a row, as `nvfp4.pairs`. largest, squares: what `survey` says of it.
     first, key: what the random bits derive from (`precision.counter_bits`).
-    hyper: [8], the fields of `Hyper`. ok: bool []; if false, or the gradient is not finite, everything stays
+    hyper: [7], the fields of `Hyper`. ok: bool []; if false, or the gradient is not finite, everything stays
     as it is.
-
-    Returns the movement that was asked for and the one that arrived, fp32 [2, blocks]. Their sums are left to
-    the caller: a compiler would split them into as many parts as suit the first matrix, and use those for
-    the head too.
+    asked, arrived: fp32 [blocks]; the movement that was asked for and the one that arrived are added here.
+    Their sums are left to the caller: a compiler would split them into as many parts as suit the first
+    matrix, and use those for the head too.
     """
     hyper, ok = Hyper(*hyper.unbind()), ok & squares.isfinite()
-    g = [half * hyper.grad_scale for half in unpaired(grad, grad_dtype)]
+    g = unpaired(grad, grad_dtype)
     weight, mean, root = (store.values(part) for store, part in zip(stores, parts))
     mean_bound, root_bound = _bounds(stores, parts, largest, hyper)
     mean, root = zip(*[moments(*half, hyper) for half in zip(g, mean, root)])
-    asked = [change(*half, hyper) for half in zip(weight, mean, root)]
+    way = [direction(*half, hyper) for half in zip(weight, mean, root)]
     bits = mean_bits = None
     if stochastic:  # one draw serves both: w its lower 22 bits, m its upper 22
         bits = counter_bits(key, first, g[0].shape)
         mean_bits = [half >> 10 for half in bits]
     new = [
-        stores[0].encoded([w + delta for w, delta in zip(weight, asked)], parts[0], bits),
+        stores[0].encoded([w - hyper.lr * half for w, half in zip(weight, way)], parts[0], bits),
         stores[1].encoded(mean, parts[1], mean_bits, mean_bound),
         stores[2].encoded(root, parts[2], mean_bits if stochastic_root else None, root_bound),
     ]
     stored = stores[0].values(new[0])
-    arrived = [(s - w) * torch.ones_like(w).copysign(delta) for s, w, delta in zip(stored, weight, asked)]
+    steps = [(w - s) * torch.ones_like(w).copysign(half) for s, w, half in zip(stored, weight, way)]
     for part, fresh in zip(parts, new):
         write(part, fresh, ok)
-    moved = [delta.abs() for delta in asked], arrived
-    return torch.stack([torch.where(ok, (even + odd).sum(-1), 0.0) for even, odd in moved])
+    for total, (even, odd), factor in ((asked, [half.abs() for half in way], hyper.lr), (arrived, steps, 1.0)):
+        total += torch.where(ok, (even + odd).sum(-1) * factor, 0.0)
 
 
 def _bounds(stores, parts, largest, hyper):
@@ -123,7 +122,7 @@ def _bounds(stores, parts, largest, hyper):
     if not isinstance(stores[1], Blocks):
         return None, None
     old = [store.bound(part) for store, part in zip(stores[1:], parts[1:])]
-    return moments(largest * hyper.grad_scale, *old, hyper)
+    return moments(largest, *old, hyper)
 
 
 def survey(grad, squares, grad_dtype):
@@ -174,7 +173,7 @@ class AdamW:
         self._zero = torch.zeros((), dtype=torch.int32, device=device)
         self._true = torch.ones((), dtype=torch.bool, device=device)
         self._surveys, self.squares = {}, torch.zeros((), device=device)
-        self.moved_sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._movement = torch.zeros(2, 0, device=device)  # asked for and arrived, by block of 16 in a piece
 
     def _stores(self, p):
         """The storages of a parameter, its m and its sqrt(v)."""
@@ -208,11 +207,12 @@ class AdamW:
         """Count a step and bring its numbers to the device. Then `apply`, or `update` each parameter once."""
         self.steps += 1
         t = self.steps
-        gains = 1 / (1 - self.beta1**t), (1 - self.beta2**t) ** -0.5
+        start = 1 - self.beta1**t
         hyper = [
-            Hyper(self.lr, self.beta1, self.beta2, self.eps, decay, *gains, 1.0)
+            Hyper(self.lr, self.beta1, self.beta2, decay, start * (1 - self.beta2**t) ** -0.5,
+                  start * self.eps, 1.0)
             for decay in (self.weight_decay, 0.0)
-        ]
+        ]  # fmt: skip
         keys = [rounding_key(self.seed, t, name) for name in self.parameters]
         for mine, numbers in ((self._hyper, hyper), (self._keys, keys)):
             mine.copy_(torch.tensor(numbers, dtype=mine.dtype), non_blocking=True)
@@ -256,18 +256,28 @@ class AdamW:
             first = self._zero + start * grad.shape[1] if start else self._zero
             parts = [store.rows(slice(start, first_row + rows.stop)) for store in stores]
             blocks, limits = pairs(one_block_a_row(grad[rows])), largest[rows]
+            asked, arrived = self._movement_of(len(blocks))
             if self.compiled:
-                any_length(blocks, limits, *(tensor for part in parts for tensor in part.values()))
-            moved = self._update(
+                kept = (tensor for part in parts for tensor in part.values())
+                any_length(blocks, limits, asked, arrived, *kept)
+            self._update(
                 stores, parts, blocks, limits, squares, first, key, hyper, self._true if ok is None else ok,
-                grad_dtype=grad.dtype, stochastic=self.stochastic,
+                asked, arrived, grad_dtype=grad.dtype, stochastic=self.stochastic,
                 stochastic_root=self.stochastic and self.state in STOCHASTIC_ROOT,
             )  # fmt: skip
-            self.moved_sums += moved.sum(1)
+
+    def _movement_of(self, blocks):
+        """Where to add up the movement of so many blocks."""
+        if blocks > self._movement.shape[1]:
+            more = blocks - self._movement.shape[1]
+            self._movement = torch.nn.functional.pad(self._movement, (0, more))
+        return self._movement[:, :blocks].unbind()
 
     def _pieces(self, grad):
-        """The rows to compute at once: all in compiled code, else what temporaries stay small for."""
-        return row_chunks(grad, self.chunk_rows or (len(grad) if self.compiled else 0))
+        """The rows to compute at once: those of the largest usual matrix in compiled code, else what
+        temporaries stay small for."""
+        compiled = max(1, LAUNCH // grad.shape[1]) if self.compiled else 0
+        return row_chunks(grad, self.chunk_rows or compiled)
 
     def zero_grad(self):
         for p in self.parameters.values():
@@ -275,11 +285,11 @@ class AdamW:
 
     def moved(self):
         """Stored over requested movement since `reset_moved`; NaN before the first step."""
-        requested, arrived = self.moved_sums.tolist()
-        return arrived / requested if requested else math.nan
+        asked, arrived = self._movement.sum(1, dtype=torch.float64).tolist()
+        return arrived / asked if asked else math.nan
 
     def reset_moved(self):
-        self.moved_sums.zero_()
+        self._movement.zero_()
 
 
 def _matrix(p):

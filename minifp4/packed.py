@@ -39,25 +39,24 @@ from .nvfp4 import (
     FP16_UNIT,
     NVFP4,
     RANDOM,
-    as_fp16,
     block_amax,
     block_scale,
+    both_fp16,
     decode,
     decode_rows,
     dequantize,
     encode,
+    fp16_bits,
     halves,
     in_blocks,
     inverse_scale,
     joined,
-    limited,
-    magnitude_code,
     next_e4m3,
     quantize,
+    rounded,
     row_chunks,
     scaled,
     sign_bit,
-    spread,
     weight_global_scale,
 )
 
@@ -153,7 +152,15 @@ def stored(parts, global_scale, finer):
         return decode(codes, scale, global_scale)
     codes, more = spread(codes), spread(parts["more"])
     places = ((codes & 7 * BOTH) << FURTHER) + more - PLACES // 2 * BOTH  # none is below 0
-    return scaled(as_fp16(places, codes, FURTHER), scale, global_scale * FP16_UNIT)
+    bits = fp16_bits(places, codes & 8 * BOTH, FURTHER)
+    return scaled(both_fp16(bits), scale, global_scale * FP16_UNIT)
+
+
+def spread(x):
+    """Bytes of two codes -> int32 with the even code in the lower half of its bits, the odd one in the upper:
+    a GPU then computes with both in one instruction."""
+    x = x.to(torch.int32)
+    return (x | x << 12) & 15 * BOTH
 
 
 def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
@@ -181,7 +188,7 @@ def _places(x, scale, encode_scale, bits):
     inverse, nibbles = inverse_scale(scale, encode_scale), []
     for half, drawn in zip(in_blocks(x), (None, None) if bits is None else in_blocks(bits)):
         y = half * inverse
-        place = magnitude_code(limited(y, SEVEN), drawn, FURTHER).clamp(max=LAST) + PLACES // 2
+        place = (rounded(y, drawn, SEVEN, FURTHER) >> 28 - FURTHER).clamp(max=LAST) + PLACES // 2
         nibbles.append((place >> FURTHER | sign_bit(y), place & PLACES - 1))
     qdata, more = ((even | odd << 4).to(torch.uint8).flatten(-2) for even, odd in zip(*nibbles))
     return {"qdata": qdata, "more": more}
@@ -201,12 +208,13 @@ def _stochastic_scale(x, amax, global_scale, block_bits, fits):
     below = below.float()
     share = (exact - below) / (above - below).clamp(min=E4M3_MIN)
     up = ((block_bits & RANDOM - 1) < share * RANDOM) & fits.logical_not()
-    limit = (E2M1_MAX * below * global_scale).unsqueeze(-1)
-    stretch = (1 / share).unsqueeze(-1)
+    # What is beyond the limit grows by 1 / share; where `up` is not, nothing is beyond.
+    limit = torch.where(up, E2M1_MAX * below * global_scale, torch.inf).unsqueeze(-1)
+    further = torch.where(up, 1 / share - 1, 0.0).unsqueeze(-1)
 
     def adjusted(blocks):
-        beyond = (limit + (blocks.abs() - limit) * stretch).copysign(blocks)
-        return torch.where(up.unsqueeze(-1) & (blocks.abs() > limit), beyond, blocks).flatten(-2)
+        beyond = (blocks.abs() - limit).view(torch.int32).clamp(min=0).view(torch.float32)
+        return (blocks + (beyond * further).copysign(blocks)).flatten(-2)
 
     return torch.where(up, above, below), [adjusted(blocks) for blocks in in_blocks(x)]
 

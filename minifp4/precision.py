@@ -34,8 +34,8 @@ Scales belong to one row or to a piece of one, so any split of a matrix into row
 the rows of rare tokens do not vanish beside those of frequent ones.
 """
 
+import functools
 import hashlib
-import math
 
 import torch
 
@@ -46,6 +46,7 @@ from .nvfp4 import (
     E4M3_MAX,
     FP32_MAX,
     RANDOM,
+    SIX,
     above_zero,
     block_amax,
     block_scale,
@@ -63,6 +64,7 @@ from .packed import Packed
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = (*FLOATS, "int8", "nvfp4")  # of moments
 MASTERS = (*FLOATS, "nvfp4x2", "nvfp4")  # of weights
+HALF = 0x3F000000  # the bits of .5 in fp32
 SHIFT = 40  # bits below the point of a fraction in int64
 
 
@@ -134,19 +136,20 @@ class Blocks:
     The row's scale is made from its `bound`, not from its largest number: that is known only when all of the
     row has been computed, the bound before, so a GPU computes and encodes in one pass. A bound twice too
     large costs nothing, since block scales are floating-point numbers.
+
+    Positive numbers of 4 bits use eight of the 16 codes: .5 .75 1 1.5 2 3 4 6, which is E2M1 with a leading 1
+    in front of every mantissa, so that it has no 0.
     """
 
     def __init__(self, kind, shape, device, positive):
-        self.bits8, self.smallest = kind == "int8", 1 if positive else 0
+        self.bits8, self.positive = kind == "int8", positive
         self.most = (255.0 if positive else 127.0) if self.bits8 else E2M1_MAX
         rows, k = shape
         if k % BLOCK:
             raise ValueError(
                 f"{kind} storage needs rows of whole blocks of {BLOCK}, got rows of {k}: use bf16 or fp32"
             )
-        # Block b is of row b // (k / 16). For a GPU a division is twenty instructions and this is four; exact
-        # as long as rows * (k / 16)**2 <= 2**40: a million rows of 16,384, 150,000 of 42,000.
-        self.rows_a_block = torch.tensor(2**SHIFT // (k // BLOCK) + 1, device=device)
+        self.rows_a_block = _rows_a_block(k // BLOCK, device)
         pair = torch.int16 if self.bits8 else torch.uint8  # two codes, the even element in the lower half
         self.tensors = {
             "qdata": torch.zeros(rows, k // 2, dtype=pair, device=device),
@@ -169,10 +172,13 @@ class Blocks:
 
     def values(self, parts):
         scales = parts["scale"], self.of_blocks(parts["row_scale"], parts)
-        if not self.bits8:
+        if not self.bits8 and not self.positive:
             return decode(parts["qdata"], *scales)
         codes = parts["qdata"].to(torch.int32)
-        if self.smallest:
+        if not self.bits8:  # a code's three bits are the last of the exponent and the first of the mantissa
+            bits = ((codes & 7) << 22) + HALF, ((codes & 7 << 4) << 18) + HALF
+            return scaled([half.view(torch.float32) for half in bits], *scales)
+        if self.positive:
             codes = codes & 0xFF, codes >> 8 & 0xFF
         else:
             codes = codes << 24 >> 24, codes >> 8  # with the sign
@@ -181,23 +187,45 @@ class Blocks:
     def encoded(self, x, old, bits=None, bound=None):
         row_scale = bound * (2 / (self.most * E4M3_MAX))  # half of E4M3's range is for what exceeds it
         encode_scale = self.of_blocks((1 / row_scale).clamp(max=FP32_MAX), old)
-        if self.bits8:
-            qdata, scale = self._encode8(x, encode_scale, bits)
+        if self.bits8 or self.positive:
+            qdata, scale = (self._encode8 if self.bits8 else self._encode_positive)(x, encode_scale, bits)
         else:
-            qdata, scale = encode(x, encode_scale, bits, self.smallest)
+            qdata, scale = encode(x, encode_scale, bits)
         return {"qdata": qdata, "scale": scale, "row_scale": row_scale}
 
+    def _encode_positive(self, x, encode_scale, bits):
+        y, scale = self._in_units(x, encode_scale, upward=bits is not None)
+        # Half a step, or a random part of one, and cut off what is below the codes' bits.
+        add = (2**21, 2**21) if bits is None else [half & RANDOM - 1 for half in bits]
+        y = [half.view(torch.int32).clamp(HALF, SIX) - HALF + more for half, more in zip(y, add)]
+        even, odd = (half >> 22 for half in y)
+        return (even | odd << 4).to(torch.uint8), scale
+
     def _encode8(self, x, encode_scale, bits):
-        x = in_blocks(x)
-        scale = above_zero(block_scale(block_amax(x), encode_scale, upward=True, most=self.most))
-        y = [(half * inverse_scale(scale, encode_scale)).flatten(-2) for half in x]
+        y, scale = self._in_units(x, encode_scale, upward=True)
         if bits is None:
             y = [half.round() for half in y]
         else:
             y = [(half + uniform(drawn)).floor() for half, drawn in zip(y, bits)]
-        least = self.smallest or -self.most
+        least = 1 if self.positive else -self.most
         even, odd = (half.clamp(least, self.most).to(torch.int32) for half in y)
         return (even & 0xFF | odd << 8).to(torch.int16), scale
+
+    def _in_units(self, x, encode_scale, upward):
+        """(the halves `x` in units of their blocks' new scales, which are above 0; these scales)"""
+        x = in_blocks(x)
+        amax = block_amax(x, self.positive)
+        scale = above_zero(block_scale(amax, encode_scale, upward, self.most))
+        inverse = inverse_scale(scale, encode_scale)
+        return [(half * inverse).flatten(-2) for half in x], scale
+
+
+@functools.cache  # m and sqrt(v) find their rows by the same number, so a compiled update finds them once
+def _rows_a_block(blocks_a_row, device):
+    """Times the number of a block, and shifted by SHIFT: the number of its row. To a GPU a division is twenty
+    instructions and this is four; exact as long as rows * blocks_a_row**2 <= 2**40: a million rows of 16,384
+    numbers, 150,000 of 42,000."""
+    return torch.tensor(2**SHIFT // blocks_a_row + 1, device=device)
 
 
 def _flat(x):
@@ -239,15 +267,23 @@ def rounding_key(seed, step, name):
 
 
 def counter_bits(key, first, shape):
-    """Random int32 for halves of the given shape, that depend on the key (int32 [2]) and on each element's
-    number in the whole matrix, of which the `first` here is an int32 [], and on nothing else.
+    """Random int32 for halves of the given shape [rows, K/2], that depend on the key (int32 [2]) and on each
+    element's number in the whole matrix, of which the `first` here is an int32 [], and on nothing else.
 
-    A hash of a counter (multiply, shift, xor) instead of a generator with a state: pieces of any size, in
-    any order, on any device, draw the same bits for the same element.
+    A hash of a counter instead of a generator with a state: pieces of any size, in any order, on any device,
+    draw the same bits for the same element. The counter is that of a row, which here is a block of 16. Its
+    numbers are u + j * v with two hashes u and v: any two of them are independent of each other, which is all
+    that a sum of rounding errors needs to stay small, and each costs one instruction.
     """
-    even = first + 2 * torch.arange(math.prod(shape), dtype=torch.int32, device=first.device).view(shape)
     mask, shift = key.unbind()
-    return tuple(_mix(number ^ mask) + shift for number in (even, even + 1))
+    rows, half = shape
+    even, numbers = (
+        2 * torch.arange(half, dtype=torch.int32, device=first.device),
+        first + 2 * half * torch.arange(rows, dtype=torch.int32, device=first.device).unsqueeze(1),
+    )
+    u = _mix(numbers ^ mask)
+    v = _mix(u + shift)
+    return u + even * v, u + (even + 1) * v
 
 
 def uniform(bits):

@@ -113,8 +113,8 @@ def relative_moments(g, m, root, hyper, moments=optim.moments):
     return m / new.clamp(min=1e-30), new
 
 
-def relative_change(w, m, root, hyper, change=optim.change):
-    return change(w, m * root, root, hyper)
+def relative_direction(w, m, root, hyper, direction=optim.direction):
+    return direction(w, m * root, root, hyper)
 
 
 def try_idea(how, model, optimizer):
@@ -122,7 +122,7 @@ def try_idea(how, model, optimizer):
     if how.get("stochastic_root"):
         optim.STOCHASTIC_ROOT = (*optim.STOCHASTIC_ROOT, how["state"])
     if how.get("relative_mean"):
-        optim.moments, optim.change = relative_moments, relative_change
+        optim.moments, optim.direction = relative_moments, relative_direction
     for module in model.modules() if how.get("four_over_six") else ():
         if hasattr(module, "kernels"):
             module.kernels = module.kernels._replace(fake_quantize=four_over_six)
