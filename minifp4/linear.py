@@ -10,7 +10,8 @@ identity, the straight-through estimator (STE, Bengio et al. 2013):
     dx = dy @ w4           d weight = dy.T @ x
 
 w4 is not kept between the two passes: it is as large as a bf16 weight, and computing it again costs a few
-microseconds a megabyte. Only the weight itself is saved, and that exists anyway.
+microseconds a megabyte. Only the weight itself is saved, and that exists anyway. (A checkpointed block is
+computed again just before its backward pass; then w4 is kept that long.)
 
 Biases do not occur in Qwen3's projections and are left out.
 """
@@ -56,7 +57,9 @@ class Linear(nn.Module):
     group: the layers that a server fuses with this one (q/k/v, gate/up); they share one global scale.
     kept_scale: the group's scale of dense weights since the last `refit_global_scales`, else None.
     decoded: what the product reads, kept while weights do not change (`Qwen3.decoded`), else None.
-    unread: nobody reads the product now, only its derivatives are wanted (`model.Recomputation`).
+    recomputed: the forward pass is one of a checkpointed block, which keeps what it saves only when it runs
+    again (`model.Checkpointed`).
+    unread: nobody reads the product now, only its derivatives are wanted.
     on_gradient: a function (slice of rows, their gradient), or None. `loss.cross_entropy` gives it the
     gradient of the head some rows at a time, and autograd none: the whole is as large as the dense matrix.
     """
@@ -66,7 +69,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("kept_scale", None, persistent=False)
         self.quantized, self.group, self.decoded, self.kernels = False, [self], None, EAGER
-        self.unread, self.on_gradient = False, None
+        self.recomputed, self.unread, self.on_gradient = False, False, None
 
     def global_scale(self):
         """The fp32 [] scale of the group's weights; None if the product reads the weight as it is stored."""
@@ -87,7 +90,7 @@ class Linear(nn.Module):
     def forward(self, x, gate=None):
         if self.decoded is not None:
             return F.linear(x if gate is None else _gated(gate, x), self.decoded)
-        return _MatrixProduct.apply(x, gate, self.weight, self.global_scale(), self.kernels, self.unread)
+        return _MatrixProduct.apply(x, gate, self.weight, self)
 
 
 class Embedding(nn.Module):
@@ -161,22 +164,23 @@ class _MatrixProduct(torch.autograd.Function):
     """With a gate, silu(gate) * x is not kept for the backward pass, which makes it again."""
 
     @staticmethod
-    def forward(ctx, x, gate, weight, global_scale, kernels, unread):
-        ctx.save_for_backward(x, gate, weight)
-        ctx.global_scale, ctx.kernels = global_scale, kernels
-        if unread:
+    def forward(ctx, x, gate, weight, layer):
+        ctx.global_scale, ctx.kernels = layer.global_scale(), layer.kernels
+        w4 = weight_value(weight, ctx.global_scale, x.dtype, kernels=ctx.kernels)
+        ctx.save_for_backward(x, gate, weight, w4 if layer.recomputed else None)
+        if layer.unread:
             return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
-        if gate is not None:
-            x = kernels.gated(gate, x)
-        return F.linear(x, weight_value(weight, global_scale, x.dtype, kernels=kernels))
+        return F.linear(x if gate is None else ctx.kernels.gated(gate, x), w4)
 
     @staticmethod
     def backward(ctx, dy):
-        x, gate, weight = ctx.saved_tensors
+        x, gate, weight, w4 = ctx.saved_tensors
         wants_x, wants_gate, wants_weight = ctx.needs_input_grad[:3]
         dx = dgate = dweight = None
         if wants_x or wants_gate:
-            dx = dy @ weight_value(weight, ctx.global_scale, dy.dtype, kernels=ctx.kernels)
+            if w4 is None:
+                w4 = weight_value(weight, ctx.global_scale, dy.dtype, kernels=ctx.kernels)
+            dx = dy @ w4
         if gate is not None:
             if dx is None:
                 x = ctx.kernels.gated(gate, x)
@@ -185,7 +189,7 @@ class _MatrixProduct(torch.autograd.Function):
                 x, dx, dgate = dx, x, gate  # what they have become
         if wants_weight:
             dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-        return dx, dgate, dweight, *[None] * 3
+        return dx, dgate, dweight, None
 
 
 def _gated(gate, x):

@@ -182,21 +182,28 @@ class Block(nn.Module):
         return x + self.mlp(*normed)
 
 
-class Recomputation:
-    """While a block runs again to get its activations back for the backward pass (`with` it).
+class Checkpointed:
+    """While a block runs (`with` it) whose activations are not kept, or runs `again` to get them back for the
+    backward pass.
 
     The block's last product was needed for the next block alone. Its own backward pass wants its input: a
     quarter of a block's operations need not be done again.
     """
 
-    def __init__(self, block):
-        self.last = block.mlp.down_proj
+    def __init__(self, block, again):
+        self.layers = [module for module in block.modules() if isinstance(module, Linear)]
+        self.last, self.again = block.mlp.down_proj, again
 
     def __enter__(self):
-        self.last.unread = True
+        self._set(True)
 
     def __exit__(self, *error):
-        self.last.unread = False
+        self._set(False)
+
+    def _set(self, running):
+        for layer in self.layers:
+            layer.recomputed = running
+        self.last.unread = running and self.again
 
 
 class Qwen3Model(nn.Module):
@@ -223,7 +230,7 @@ class Qwen3Model(nn.Module):
                 # Nothing here is random, and reading the generator would break a CUDA graph.
                 x = checkpoint(
                     block, x, cos, sin, use_reentrant=False, preserve_rng_state=False,
-                    context_fn=lambda block=block: (contextlib.nullcontext(), Recomputation(block)),
+                    context_fn=lambda block=block: (Checkpointed(block, False), Checkpointed(block, True)),
                 )  # fmt: skip
             else:
                 x = block(x, cos, sin, cache)

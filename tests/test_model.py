@@ -218,22 +218,26 @@ def test_no_token_to_learn_has_no_gradient():
 
 @pytest.mark.parametrize("kept", [0, 1, 5])
 def test_activation_checkpointing_gives_the_same_gradients(kept, monkeypatch):
-    """A layer that is computed again does its products again, but for the last, which nobody reads."""
-    ids, products = ids_of(2, 9), []
-    monkeypatch.setattr(
-        linear,
-        "weight_value",
-        lambda *args, old=linear.weight_value, **how: products.append(1) or old(*args, **how),
-    )
+    """A layer that is computed again does its products again, but for the last, which nobody reads, and
+    decodes its weights no more often than one that keeps its activations."""
+    ids, calls = ids_of(2, 9), []
+
+    def counted(where, name):
+        old = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, **how: calls.append(name) or old(*args, **how))
+
+    counted(linear, "weight_value")
+    counted(linear.F, "linear")
     model, found = small_model(), []
     model.model.keep_activations = kept
     for model.model.activation_checkpointing in (False, True):
-        products.clear()
+        calls.clear()
         model.loss(ids, ids).backward()
-        found.append((len(products), [p.grad for p in model.parameters()]))
+        found.append((calls.count("linear"), calls.count("weight_value"), [p.grad for p in model.parameters()]))
         model.zero_grad()
-    assert found[1][0] - found[0][0] == 6 * max(0, len(model.model.layers) - kept)
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+    (products, decoded, gradients), again = found
+    assert again[0] - products == 6 * max(0, len(model.model.layers) - kept) and again[1] == decoded
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again[2]))
 
 
 def test_scalar_loss_leaves_the_head_alone():
