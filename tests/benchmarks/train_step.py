@@ -8,7 +8,8 @@ Weights and tokens are random, every token is learned. Time: the median of 5 ste
 spread of the 5. Memory: the most that the allocator gave out after the first step, weights and moments
 included. MFU: the operations of the matrix products (recomputation counted, as it is done) over the time, as
 a share of a large bf16 product measured in the same run. Baselines are Hugging Face transformers in bf16 with
-torch's fused AdamW and torchao's, with gradient checkpointing.
+torch's fused AdamW and torchao's, with gradient checkpointing. minifp4 recomputes no layer at 1x96, all but
+a few at 1x2048 and all at 8x2048.
 """
 
 import argparse
@@ -44,7 +45,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head_dim, vocabular
 OURS = {"minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4"), "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4"),
         "minifp4 bf16 + int8": ("bf16", "int8")}  # fmt: skip
 THEIRS = ("HF + fused AdamW", "HF + torchao AdamW8bit", "HF + torchao AdamW4bit")
-
+ALL, KEPT = 1000, 7  # layers of minifp4 that keep their activations, at 1x96 and, in 9.5 GiB, at 1x2048
 ORDER = (*list(OURS)[:1], *THEIRS, *list(OURS)[1:])
 
 
@@ -69,7 +70,7 @@ def our_model(config, master, device):
 
 
 def ours(config, what, device):
-    """A function (ids, checkpointing) -> one step."""
+    """A function (ids, kept) -> one step in which so many layers keep their activations."""
     master, state = OURS[what]
     one_growing_segment()
     model = our_model(config, master, device)
@@ -78,8 +79,10 @@ def ours(config, what, device):
     optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state)
     step = Step(model, optimizer, in_backward=True, graph=device == "cuda")
 
-    def run(ids, checkpointing):
-        model.model.activation_checkpointing = checkpointing
+    model.model.activation_checkpointing = True
+
+    def run(ids, kept):
+        model.model.keep_activations = kept
         return step([(ids, ids)])
 
     return run
@@ -105,7 +108,7 @@ def theirs(config, what, device):
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
 
-    def run(ids, checkpointing):
+    def run(ids, kept):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -114,7 +117,7 @@ def theirs(config, what, device):
 
 
 def flops(config, batch, tokens, recomputed, skipped):
-    """Of the matrix products of a step: 2 a weight and token forward, 4 backward, 2 if recomputed.
+    """Of the matrix products of a step: 2 a weight and token forward, 4 backward, 2 in `recomputed` layers.
 
     skipped: the recomputation leaves out each block's last product.
     """
@@ -122,11 +125,11 @@ def flops(config, batch, tokens, recomputed, skipped):
     attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
     attention += c.num_attention_heads * c.head_dim * tokens  # scores and values, causal: half of 2 * T
     one = c.hidden_size * c.intermediate_size
-    block = 6 * (attention + 3 * one) + recomputed * 2 * (attention + (2 if skipped else 3) * one)
-    return batch * tokens * (c.num_hidden_layers * block + 6 * c.vocab_size * c.hidden_size)
+    once = c.num_hidden_layers * 6 * (attention + 3 * one) + 6 * c.vocab_size * c.hidden_size
+    return batch * tokens * (once + recomputed * 2 * (attention + (2 if skipped else 3) * one))
 
 
-def measure(run, config, batch, tokens, checkpointing, device, steps=5, warm_up=2):
+def measure(run, config, batch, tokens, kept, device, steps=5, warm_up=2):
     """{ms, spread, gib, reserved_gib, tokens_per_second}"""
     ids = torch.randint(0, config.vocab_size, (steps + warm_up, batch, tokens), device=device)
     on_gpu, times = device == "cuda", []
@@ -137,7 +140,7 @@ def measure(run, config, batch, tokens, checkpointing, device, steps=5, warm_up=
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        run(ids[number], checkpointing)
+        run(ids[number], kept)
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -157,16 +160,16 @@ def matmul_rate(device):
     return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device, 10))
 
 
-def profile(run, ids, checkpointing):
+def profile(run, ids, kept):
     """Print the kernels that take most of one step."""
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run(ids, checkpointing)
+        run(ids, kept)
         torch.cuda.synchronize()
     rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
     print(f"    all kernels: {sum(row.self_device_time_total for row in rows) / 1e3:.1f} ms")
-    for row in rows[:16]:
+    for row in rows[:24]:
         print(f"    {row.self_device_time_total / 1e3:8.2f} ms {row.count:6} {row.key[:100]}")
 
 
@@ -178,11 +181,12 @@ def measure_all(size, what, batches, device, rate, profiled):
     except ImportError as error:
         print(f"{size:6}{what:28} not measured: {error}")
         return rows
-    for batch, tokens, checkpointing in batches:
-        found = measure(run, config, batch, tokens, checkpointing, device)
-        work = flops(config, batch, tokens, checkpointing or what not in OURS, what in OURS)
+    for batch, tokens, kept in batches:
+        kept = min(kept, config.num_hidden_layers) if what in OURS else 0
+        found = measure(run, config, batch, tokens, kept, device)
+        work = flops(config, batch, tokens, config.num_hidden_layers - kept, what in OURS)
         found["mfu"] = work / found["ms"] * 1e3 / rate
-        rows.append({"size": size, "what": what, "batch": batch, "tokens": tokens, **found})
+        rows.append({"size": size, "what": what, "batch": batch, "tokens": tokens, "kept": kept, **found})
         memory = [f"{found[key]:.2f}" if found[key] else "-" for key in ("gib", "reserved_gib")]
         print(
             f"{size:6}{what:28}{f'{batch}x{tokens}':>9}{found['ms']:9.1f}{found['spread_ms']:8.1f}"
@@ -191,7 +195,7 @@ def measure_all(size, what, batches, device, rate, profiled):
             flush=True,
         )
         if profiled and device == "cuda":
-            profile(run, torch.randint(0, config.vocab_size, (batch, tokens), device=device), checkpointing)
+            profile(run, torch.randint(0, config.vocab_size, (batch, tokens), device=device), kept)
     return rows
 
 
@@ -205,19 +209,20 @@ def main():
     parser.add_argument(
         "--batch", action="append", help="only such a batch: 1x96, 1x2048, 8x2048 (repeatable)"
     )
+    parser.add_argument("--keep", type=int, default=KEPT, help="layers that keep activations at 1x2048")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
     rate, record = matmul_rate(device), []
     print(f"{place(device)}, torch {torch.__version__}; large product {rate / 1e12:.1f} TFLOP/s")
-    three = [(1, 96, False), (1, 2048, True), (8, 2048, True)]
+    three = [(1, 96, ALL), (1, 2048, chosen.keep), (8, 2048, 0)]
     jobs = [("4B", what, three) for what in ORDER]
     if chosen.quick:
-        jobs = [("tiny", what, [(1, 16, False), (2, 32, True)]) for what in ORDER]
+        jobs = [("tiny", what, [(1, 16, ALL), (2, 32, 0)]) for what in ORDER]
     if chosen.scaling:
-        jobs = [(size, next(iter(OURS)), three[:2]) for size in ("0.6B", "1.7B", "8B")]
-        jobs += [("4B", next(iter(OURS)), [(1, tokens, True) for tokens in (512, 2048, 8192, 16384)])]
+        jobs = [(size, next(iter(OURS)), [(1, 96, ALL), (1, 2048, 0)]) for size in ("0.6B", "1.7B", "8B")]
+        jobs += [("4B", next(iter(OURS)), [(1, tokens, 0) for tokens in (512, 2048, 8192, 16384)])]
     heads = "{:6}{:28}{:>9}{:>9}{:>8}{:>10}{:>8}{:>9}{:>6}{:>7}"
     print(heads.format("", "", "batch", "ms", "spread", "tokens/s", "GiB", "reserved", "MFU", "1st s"))
     for size, what, batches in jobs:
