@@ -221,12 +221,23 @@ class _LookUp(torch.autograd.Function):
         if ctx.on_gradient is None:
             dweight = torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)
             return None, dweight, None, None, None
-        for words in word_slices(len(weight)):
-            count = words.stop - words.start  # row `count` is for all other words, and dropped
-            ours = torch.where((ids >= words.start) & (ids < words.stop), ids - words.start, count)
-            rows = torch.ops.aten.embedding_dense_backward(dy, ours, count + 1, -1, False)
-            ctx.on_gradient(words, rows[:count])
+        words, sums = _sums_by_word(ids.flatten(), dy.flatten(0, -2))
+        for rows in word_slices(len(weight)):
+            count = rows.stop - rows.start  # row `count` is for all other words, and dropped
+            ours = torch.where((words >= rows.start) & (words < rows.stop), words - rows.start, count)
+            dweight = sums.new_zeros(count + 1, sums.shape[1]).index_copy_(0, ours, sums)
+            ctx.on_gradient(rows, dweight[:count])
         return None, None, None, None, None
+
+
+def _sums_by_word(ids, dy):
+    """(words [N], the sum of each one's rows of `dy` [N, D]) of a look-up of `ids` [N], each word once and
+    -1 for what is left; the number of words is not read from the device."""
+    ordered, order = ids.sort(stable=True)
+    number = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]).cumsum(0)  # of the word
+    words = torch.full_like(ids, -1).index_copy_(0, number, ordered)
+    numbers = torch.empty_like(ids).index_copy_(0, order, number)  # in the order of `ids`
+    return words, torch.ops.aten.embedding_dense_backward(dy, numbers, len(ids), -1, False)
 
 
 def compiled_kernels():

@@ -160,7 +160,7 @@ def compiled_kernels():
         norm=_for_any_batch(compiled(_norm, config={"XBLOCK": 1, "num_warps": 4})),
         norm_backward=_both_gradients(_norm_backward, 16),
         turned=_for_any_batch(compiled(_turned, ONE_KERNEL, {"XBLOCK": 8, "num_warps": 2})),
-        turned_backward=_both_gradients(_turned_backward, 256),
+        turned_backward=_both_gradients(_turned_backward, 64),
     )
 
 

@@ -45,7 +45,7 @@ from .precision import (
 STOCHASTIC_ROOT = ("bf16",)  # states whose sqrt(v) is rounded stochastically, not to nearest
 TINY = 2.0**-126  # the least normal fp32 number
 MAX_UPDATE = 0x40A00000  # the bits of 5.0, for |u|: only a gradient far above all before it asks for more
-LAUNCH = 2**26  # weights that one kernel updates, at most; more are no faster
+LAUNCH = 2**26  # weights that one kernel updates, at most: more are no faster, and `moved` needs memory
 # For the compiler, which would split `update`, and check in it that every block's row exists.
 ONE_KERNEL = {"max_fusion_size": 512, "assert_indirect_indexing": False, "realize_opcount_threshold": 100}
 A_BLOCK_A_THREAD = {"XBLOCK": 128, "num_warps": 4}  # so that threads exchange nothing
@@ -109,11 +109,11 @@ def update(
         stores[2].encoded(root, parts[2], mean_bits if stochastic_root else None, root_bound),
     ]
     stored = stores[0].values(new[0])
-    steps = [(w - s) * torch.ones_like(w).copysign(half) for s, w, half in zip(stored, weight, way)]
+    arrives = [(w - s) * torch.ones_like(w).copysign(half) for s, w, half in zip(stored, weight, way)]
     for part, fresh in zip(parts, new):
         write(part, fresh, ok)
-    for total, (even, odd), factor in ((asked, [half.abs() for half in way], hyper.lr), (arrived, steps, 1.0)):
-        total += torch.where(ok, (even + odd).sum(-1) * factor, 0.0)
+    asked += torch.where(ok, hyper.lr * (way[0].abs() + way[1].abs()).sum(-1), 0.0)
+    arrived += torch.where(ok, (arrives[0] + arrives[1]).sum(-1), 0.0)
 
 
 def _bounds(stores, parts, largest, hyper):

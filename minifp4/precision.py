@@ -27,8 +27,8 @@ halves of rows (`nvfp4.halves`):
 
 `positive` storage is for sqrt(v), AdamW's denominator. It has no sign, and **it cannot hold 0**: if a small
 sqrt(v) became 0 among larger neighbours, its next update would be divided by eps, a step 10**5 too long,
-and the loss NaN. The smallest code stands for 1 instead, and a block's scale never underflows. Only rows
-that are all zero read as zero.
+and the loss NaN. So no code stands for 0, and a block's scale never underflows. Only rows that are all zero
+read as zero, because their row's scale is.
 
 Scales belong to one row or to a piece of one, so any split of a matrix into rows stores the same bits, and
 the rows of rare tokens do not vanish beside those of frequent ones.
@@ -187,10 +187,8 @@ class Blocks:
     def encoded(self, x, old, bits=None, bound=None):
         row_scale = bound * (2 / (self.most * E4M3_MAX))  # half of E4M3's range is for what exceeds it
         encode_scale = self.of_blocks((1 / row_scale).clamp(max=FP32_MAX), old)
-        if self.bits8 or self.positive:
-            qdata, scale = (self._encode8 if self.bits8 else self._encode_positive)(x, encode_scale, bits)
-        else:
-            qdata, scale = encode(x, encode_scale, bits)
+        encoder = self._encode8 if self.bits8 else self._encode_positive if self.positive else encode
+        qdata, scale = encoder(x, encode_scale, bits)
         return {"qdata": qdata, "scale": scale, "row_scale": row_scale}
 
     def _encode_positive(self, x, encode_scale, bits):

@@ -150,6 +150,15 @@ def test_the_root_of_v_never_becomes_zero(kind):
     assert now[:3, 0] == pytest.approx(1e3, rel=0.07)
 
 
+def test_sqrt_v_in_four_bits_has_eight_positive_places():
+    """Each is read as it was written, and what lies between two goes to the nearer one."""
+    places = [0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    store = precision.zeros("nvfp4", (1, 16), "cpu", positive=True)
+    write(store, torch.tensor([places + [0.1, 0.6, 0.65, 1.24, 1.26, 2.4, 4.9, 5.1]]))
+    assert read(store).tolist() == [places + [0.5, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 6.0]]
+    assert store.tensors["qdata"].numpy().tobytes().hex() == "10325476" + "00214376"
+
+
 @pytest.mark.parametrize("kind", precision.KINDS)
 @pytest.mark.parametrize("columns", [64, 208])
 def test_storage_reads_what_was_written(kind, columns):
