@@ -268,8 +268,8 @@ class AdamW:
 
     def _movement_of(self, blocks):
         """Where to add up the movement of so many blocks."""
-        if blocks > self._movement.shape[1]:
-            more = blocks - self._movement.shape[1]
+        more = -(-blocks // 64) * 64 - self._movement.shape[1]  # both rows begin where kernels like it
+        if more > 0:
             self._movement = torch.nn.functional.pad(self._movement, (0, more))
         return self._movement[:, :blocks].unbind()
 

@@ -233,7 +233,9 @@ def test_activation_checkpointing_gives_the_same_gradients(kept, monkeypatch):
     for model.model.activation_checkpointing in (False, True):
         calls.clear()
         model.loss(ids, ids).backward()
-        found.append((calls.count("linear"), calls.count("weight_value"), [p.grad for p in model.parameters()]))
+        found.append(
+            (calls.count("linear"), calls.count("weight_value"), [p.grad for p in model.parameters()])
+        )
         model.zero_grad()
     (products, decoded, gradients), again = found
     assert again[0] - products == 6 * max(0, len(model.model.layers) - kept) and again[1] == decoded

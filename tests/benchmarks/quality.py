@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import minifp4
 from minifp4 import chat, checkpoint, nvfp4, optim, precision
+from minifp4.linear import Embedding, Linear
 from minifp4.model import Config
 from minifp4.packed import bytes_of
 from minifp4.step import Step
@@ -124,7 +125,7 @@ def try_idea(how, model, optimizer):
     if how.get("relative_mean"):
         optim.moments, optim.direction = relative_moments, relative_direction
     for module in model.modules() if how.get("four_over_six") else ():
-        if hasattr(module, "kernels"):
+        if isinstance(module, (Linear, Embedding)):
             module.kernels = module.kernels._replace(fake_quantize=four_over_six)
     for name, p in optimizer.parameters.items() if how.get("wide_root") else ():
         if p.dim() == 2:
