@@ -278,7 +278,7 @@ def decode(qdata, scale, global_scale):
     # wants it and the odd one where the upper does: `fp16_bits` of two codes at once.
     x = qdata.to(torch.int32)
     magnitudes, signs = x * (1 << 9 | 1 << 21), x * (1 << 12 | 1 << 24)
-    bits = magnitudes & (7 << 9) * BOTH | signs & (8 << 12) * BOTH + 2 * SIGN
+    bits = magnitudes & (7 << 9) * BOTH | signs & (SIGN | 8 << 12)
     return scaled(both_fp16(bits), scale, global_scale * FP16_UNIT)
 
 
