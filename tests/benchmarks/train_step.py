@@ -199,6 +199,19 @@ def measure_all(size, what, batches, device, rate, profiled):
     return rows
 
 
+def compare(rows):
+    """Print for each batch how minifp4 does beside the fastest of the others."""
+    for shape in dict.fromkeys((row["size"], row["batch"], row["tokens"]) for row in rows):
+        here = [row for row in rows if (row["size"], row["batch"], row["tokens"]) == shape]
+        others = [row for row in here if row["what"] not in OURS]
+        for row in here if others else ():
+            if row["what"] in OURS:
+                best = min(others, key=lambda other: other["ms"])
+                faster = f"{best['ms'] / row['ms']:.2f} times as fast as {best['what']}"
+                memory = f", {row['gib'] / best['gib']:.0%} of its memory" if row["gib"] else ""
+                print(f"{shape[0]} {shape[1]}x{shape[2]}: {row['what']} is {faster}{memory}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,6 +248,7 @@ def main():
         if chosen.json:  # now, should a later one fail
             numbers = {"machine": place(device), "torch": torch.__version__, "matmul": rate, "rows": record}
             chosen.json.write_text(json.dumps({"command": " ".join(sys.argv), **numbers}, indent=1) + "\n")
+    compare(record)
 
 
 if __name__ == "__main__":
