@@ -46,7 +46,9 @@ def test_every_code_times_every_scale():
         [[low | high << 4 for low, high in zip(range(0, 16, 2), range(1, 16, 2))]] * 256
     ).byte()
     q = minifp4.NVFP4(qdata, byte.view(torch.float8_e4m3fn).unsqueeze(1), torch.tensor(0.25))
-    for row, scale in zip(minifp4.dequantize(q), range(256)):
+    rows = minifp4.dequantize(q)
+    assert torch.equal(nvfp4.joined(*nvfp4.decode(*q)).nan_to_num(7e7), rows.nan_to_num(7e7))
+    for row, scale in zip(rows, range(256)):
         expected = torch.tensor(
             [(-1 if code > 7 else 1) * E2M1[code & 7] * e4m3(scale) / 4 for code in range(16)]
         )
