@@ -241,11 +241,6 @@ def magnitude_bits(x):
     return x.abs().view(torch.int32)
 
 
-def above_zero(scale):
-    """A block far below its row's largest number keeps a scale above 0."""
-    return scale.float().clamp(min=E4M3_MIN).to(torch.float8_e4m3fn)
-
-
 def inverse_scale(scale, encode_scale):
     """What numbers [..., K/16, 8] are multiplied with to be in units of the block's scale, [..., K/16, 1]."""
     exact = 1 / (scale.float() * (1 / encode_scale))
@@ -304,11 +299,6 @@ def scaled(x, scale, global_scale):
 def e2m1_code(y, bits=None):
     """The codes (int32, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6."""
     return (rounded(y, bits, SIX) | y.view(torch.int32) & SIGN) >> 28 & 15
-
-
-def sign_bit(y):
-    """8 where fp32 `y` is negative, else 0."""
-    return y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
 
 
 def limited(y, most):

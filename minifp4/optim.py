@@ -74,7 +74,7 @@ def moments(g, m, root, hyper):
 def direction(w, m, root, hyper):
     """What AdamW subtracts from `w`, but for the factor lr, from the new moments."""
     inverse = (root * hyper.root_gain + hyper.eps).rsqrt().square()
-    u = limited(m.abs() * inverse, MAX_UPDATE).view(torch.float32).copysign(m)
+    u = limited(m * inverse, MAX_UPDATE).view(torch.float32).copysign(m)
     return u + hyper.weight_decay * w
 
 
@@ -274,8 +274,8 @@ class AdamW:
         return self._movement[:, :blocks].unbind()
 
     def _pieces(self, grad):
-        """The rows to compute at once: those of the largest usual matrix in compiled code, else what
-        temporaries stay small for."""
+        """The rows to compute at once: in compiled code those for one kernel, else those for which
+        temporaries stay small."""
         compiled = max(1, LAUNCH // grad.shape[1]) if self.compiled else 0
         return row_chunks(grad, self.chunk_rows or compiled)
 

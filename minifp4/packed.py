@@ -56,7 +56,6 @@ from .nvfp4 import (
     rounded,
     row_chunks,
     scaled,
-    sign_bit,
     weight_global_scale,
 )
 
@@ -189,7 +188,8 @@ def _places(x, scale, encode_scale, bits):
     for half, drawn in zip(in_blocks(x), (None, None) if bits is None else in_blocks(bits)):
         y = half * inverse
         place = (rounded(y, drawn, SEVEN, FURTHER) >> 28 - FURTHER).clamp(max=LAST) + PLACES // 2
-        nibbles.append((place >> FURTHER | sign_bit(y), place & PLACES - 1))
+        sign = y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
+        nibbles.append((place >> FURTHER | sign, place & PLACES - 1))
     qdata, more = ((even | odd << 4).to(torch.uint8).flatten(-2) for even, odd in zip(*nibbles))
     return {"qdata": qdata, "more": more}
 

@@ -44,10 +44,10 @@ from .nvfp4 import (
     BLOCK,
     E2M1_MAX,
     E4M3_MAX,
+    E4M3_MIN,
     FP32_MAX,
     RANDOM,
     SIX,
-    above_zero,
     block_amax,
     block_scale,
     decode,
@@ -212,8 +212,8 @@ class Blocks:
     def _in_units(self, x, encode_scale, upward):
         """(the halves `x` in units of their blocks' new scales, which are above 0; these scales)"""
         x = in_blocks(x)
-        amax = block_amax(x, self.positive)
-        scale = above_zero(block_scale(amax, encode_scale, upward, self.most))
+        scale = block_scale(block_amax(x, self.positive), encode_scale, upward, self.most)
+        scale = scale.float().clamp(min=E4M3_MIN).to(scale.dtype)
         inverse = inverse_scale(scale, encode_scale)
         return [(half * inverse).flatten(-2) for half in x], scale
 
@@ -275,11 +275,9 @@ def counter_bits(key, first, shape):
     """
     mask, shift = key.unbind()
     rows, half = shape
-    even, numbers = (
-        2 * torch.arange(half, dtype=torch.int32, device=first.device),
-        first + 2 * half * torch.arange(rows, dtype=torch.int32, device=first.device).unsqueeze(1),
-    )
-    u = _mix(numbers ^ mask)
+    even = 2 * torch.arange(half, dtype=torch.int32, device=first.device)
+    starts = first + 2 * half * torch.arange(rows, dtype=torch.int32, device=first.device).unsqueeze(1)
+    u = _mix(starts ^ mask)
     v = _mix(u + shift)
     return u + even * v, u + (even + 1) * v
 

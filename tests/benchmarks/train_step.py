@@ -204,9 +204,9 @@ def compare(rows):
     for shape in dict.fromkeys((row["size"], row["batch"], row["tokens"]) for row in rows):
         here = [row for row in rows if (row["size"], row["batch"], row["tokens"]) == shape]
         others = [row for row in here if row["what"] not in OURS]
-        for row in here if others else ():
-            if row["what"] in OURS:
-                best = min(others, key=lambda other: other["ms"])
+        best = min(others, key=lambda row: row["ms"], default=None)
+        for row in here:
+            if best and row["what"] in OURS:
                 faster = f"{best['ms'] / row['ms']:.2f} times as fast as {best['what']}"
                 memory = f", {row['gib'] / best['gib']:.0%} of its memory" if row["gib"] else ""
                 print(f"{shape[0]} {shape[1]}x{shape[2]}: {row['what']} is {faster}{memory}")
@@ -222,7 +222,9 @@ def main():
     parser.add_argument(
         "--batch", action="append", help="only such a batch: 1x96, 1x2048, 8x2048 (repeatable)"
     )
-    parser.add_argument("--keep", type=int, default=KEPT, help="layers that keep activations at 1x2048")
+    parser.add_argument(
+        "--keep", type=int, default=KEPT, help="layers that keep activations at 1x2048, not with --scaling"
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args()
