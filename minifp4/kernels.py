@@ -5,6 +5,11 @@ Each PyTorch operation does that for itself; the compiler fuses those that it se
 one kernel is one function without loops over data, and called through `compiled`. The same function runs as
 it is where nothing is compiled, and serves as the reference.
 
+Compiled code may add up in another order. But for that its bits are those of eager code on a CPU. On a GPU
+they need not be: a product and a sum become one instruction, which rounds once instead of twice, and a stored
+number near the middle between two places may take the other. The codec has no such sums; its bits are the
+same everywhere.
+
 Three things to know of the compiler: a Python float among the arguments is a constant of the code, so all
 that changes comes in tensors; every new shape is compiled again, unless `any_length` says what may vary; and
 code for any length is as good as its first length made it, unless its thread blocks are fixed.

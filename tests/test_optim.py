@@ -8,6 +8,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import minifp4
 from minifp4 import nvfp4, optim, packed, precision
+from minifp4.files import bits
 
 
 def whole_bits(key, rows, columns):
@@ -246,6 +247,24 @@ def test_moved_is_one_when_all_updates_arrive(dtype):
     assert math.isnan(optimizer.moved())
     descend(weight, loss, optimizer, 30)
     assert optimizer.moved() == pytest.approx(1, abs=1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("kind, state", [("bf16", "int8"), ("nvfp4x2", "nvfp4")])
+def test_on_a_cpu_a_compiled_update_stores_the_same_bits(kind, state):
+    """Not on a GPU; `kernels.py` says why."""
+    found, moved = [], []
+    for compiled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(MASTERS[kind](torch.randn(64, 256, generator=generator)))
+        weight.grad_dtype = torch.float32
+        optimizer = minifp4.AdamW([("w", weight)], lr=0.01, state=state, compile=compiled)
+        for _ in range(2):
+            weight.grad = torch.randn(64, 256, generator=generator)
+            optimizer.step()
+        stored = [tensor for store in optimizer.stores["w"] for tensor in store.tensors.values()]
+        found.append(torch.cat([bits(tensor) for tensor in stored]))
+        moved.append(optimizer.moved())
+    assert torch.equal(*found) and moved[0] == pytest.approx(moved[1], rel=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

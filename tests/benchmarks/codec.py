@@ -9,6 +9,7 @@ code as CUDA graphs, as they run in a step.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -30,35 +31,34 @@ def data(kind, rows, columns):
     return x * torch.logspace(-12, 3, rows).unsqueeze(1) if kind == "spread" else x * 0.02
 
 
+def encode(x, bits, scale):
+    """Codes and scales; `bits` rounds stochastically, None to nearest."""
+    return nvfp4.encode(nvfp4.halves(x.float()), scale, None if bits is None else nvfp4.halves(bits))
+
+
 def differences(rows, columns, devices):
     """{way: bytes of codes, scales and decoded values that differ from eager CPU}, of how many."""
-    found = {}
-    for kind in ("normal", "spread"):
-        x = data(kind, rows, columns)
-        drawn = torch.randint(nvfp4.RANDOM, x.shape, dtype=torch.int32)
-        for rounding, bits in (("nearest", None), ("stochastic", drawn)):
-            scale = torch.tensor(64.0)
-
-            def encode(x, bits, scale):
-                return nvfp4.encode(nvfp4.halves(x), scale, None if bits is None else nvfp4.halves(bits))
-
-            expected = encode(x, bits, scale)
-            decoded = nvfp4.dequantize(nvfp4.NVFP4(*expected, 1 / scale))
-            for device in devices:
-                x_there, bits_there = x.to(device), None if bits is None else bits.to(device)
-                for how in ("eager", "compiled"):
-                    functions = encode, nvfp4.dequantize
-                    if how == "compiled":  # what a model on a GPU decodes with
-                        functions = torch.compile(encode), compiled_kernels().dequantize
-                    got = [t.cpu() for t in functions[0](x_there, bits_there, scale.to(device))]
-                    codes = nvfp4.NVFP4(*(t.to(device) for t in (*expected, 1 / scale)))
-                    values = functions[1](codes, torch.float32).cpu()
-                    counts = [
-                        (a.view(torch.uint8) != b.view(torch.uint8)).sum().item()
-                        for a, b in zip(got, expected)
-                    ]
-                    found[f"{device} {how}, {kind}, {rounding}"] = [*counts, (values != decoded).sum().item()]
-    return found, [expected[0].numel(), expected[1].numel(), x.numel()]
+    found, scale = {}, torch.tensor(64.0)
+    drawn = torch.randint(nvfp4.RANDOM, (rows, columns), dtype=torch.int32)
+    hows = {  # the second is what a model on a GPU decodes with
+        "eager": (encode, nvfp4.dequantize),
+        "compiled": (torch.compile(encode), compiled_kernels().dequantize),
+    }
+    for kind, rounding in itertools.product(("normal", "spread"), ("nearest", "stochastic")):
+        x, bits = data(kind, rows, columns), drawn if rounding == "stochastic" else None
+        expected = encode(x, bits, scale)
+        decoded = nvfp4.dequantize(nvfp4.NVFP4(*expected, 1 / scale))
+        for device, (how, (encodes, decodes)) in itertools.product(devices, hows.items()):
+            given = (None if t is None else t.to(device) for t in (x, bits, scale))
+            codes = nvfp4.NVFP4(*(t.to(device) for t in (*expected, 1 / scale)))
+            got, values = encodes(*given), decodes(codes, torch.float32)
+            counts = [
+                (mine.cpu().view(torch.uint8) != right.view(torch.uint8)).sum().item()
+                for mine, right in zip(got, expected)
+            ]
+            counts.append((values.cpu() != decoded).sum().item())
+            found[f"{device} {how}, {kind}, {rounding}"] = counts
+    return found, [expected[0].numel(), expected[1].numel(), decoded.numel()]
 
 
 def speed(rows, columns, device):
@@ -66,13 +66,12 @@ def speed(rows, columns, device):
     x = data("normal", rows, columns).to(device, torch.bfloat16)
     scale = nvfp4.weight_global_scale(x)
     q = minifp4.quantize(x, global_scale=scale)
-    encode = torch.compile(lambda x: nvfp4.encode(nvfp4.halves(x.float()), 1 / scale))
-    decode = compiled_kernels().dequantize
+    compiled, decode, inverse = torch.compile(encode), compiled_kernels().dequantize, 1 / scale
     needed = x.numel() * 2.5625
     ways = {
         "copy bf16": (lambda: x.clone(), x.numel() * 4),
         "minifp4 quantize": (lambda: minifp4.quantize(x, global_scale=scale), needed),
-        "minifp4 quantize, compiled": (lambda: encode(x), needed),
+        "minifp4 quantize, compiled": (lambda: compiled(x, None, inverse), needed),
         "minifp4 dequantize": (lambda: minifp4.dequantize(q, torch.bfloat16), needed),
         "minifp4 dequantize, compiled": (lambda: decode(q, torch.bfloat16), needed),
     }

@@ -218,7 +218,7 @@ def main():
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--scaling", action="store_true", help="other sizes and lengths, minifp4 alone")
-    parser.add_argument("--only", action="append", help="measure only names that contain this (repeatable)")
+    parser.add_argument("--only", action="append", help="only sizes and names with this (repeatable)")
     parser.add_argument(
         "--batch", action="append", help="only such a batch: 1x96, 1x2048, 8x2048 (repeatable)"
     )
@@ -242,7 +242,7 @@ def main():
     print(heads.format("", "", "batch", "ms", "spread", "tokens/s", "GiB", "reserved", "MFU", "1st s"))
     for size, what, batches in jobs:
         batches = [batch for batch in batches if not chosen.batch or f"{batch[0]}x{batch[1]}" in chosen.batch]
-        if not batches or chosen.only and not any(word in what for word in chosen.only):
+        if not batches or chosen.only and not any(word in f"{size} {what}" for word in chosen.only):
             continue
         # A process of its own: what the one before has left on the GPU is not counted.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
