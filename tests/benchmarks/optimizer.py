@@ -73,14 +73,22 @@ def theirs(config, what, device):
 
 
 def measure(what, config, device):
-    """{ms, tb_per_second}"""
+    """{ms, spread_ms, tb_per_second}"""
     function, size = (ours if what in OURS else theirs)(config, what, device)
-    ms = median_ms(function, device)
-    return {"ms": ms, "tb_per_second": size / ms / 1e9}
+    times = seconds(function, device, 10)
+    middle = statistics.median(times)
+    return {
+        "ms": middle * 1e3,
+        "spread_ms": (max(times) - min(times)) * 1e3,
+        "tb_per_second": size / middle / 1e12,
+    }
 
 
-def median_ms(function, device):
-    return statistics.median(seconds(function, device, 10)) * 1e3
+def copy_rate(device):
+    """TB/s of a copy, read and written."""
+    source = torch.randn(2**26 if device == "cuda" else 2**22, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(seconds(lambda: target.copy_(source), device, 10)) / 1e12
 
 
 def main():
@@ -95,20 +103,21 @@ def main():
     config, rows = config_of("tiny" if chosen.quick else chosen.size), {}
     with torch.device("meta"):
         total = sum(p.numel() for p in Qwen3(config).parameters())
-    source = torch.randn(2**26 if device == "cuda" else 2**22, device=device)
-    target = torch.empty_like(source)
-    rate = 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e9
+    rate = copy_rate(device)
     print(f"{place(device)}, torch {torch.__version__}; {total / 1e6:,.1f} M weights; copy {rate:.3f} TB/s")
-    print(f"{'':28}{'ms':>10}{'TB/s':>8}")
+    print(f"{'':28}{'ms':>10}{'spread':>8}{'TB/s':>8}")
     for what in (*OURS, *THEIRS):
         try:
             found = rows[what] = measure(what, config, device)
         except ImportError as error:
             print(f"{what:28} not measured: {error}")
             continue
-        print(f"{what:28}{found['ms']:10.1f}{found['tb_per_second']:8.3f}", flush=True)
+        print(
+            f"{what:28}{found['ms']:10.1f}{found['spread_ms']:8.1f}{found['tb_per_second']:8.3f}", flush=True
+        )
     if chosen.json:
         record = {
+            "command": " ".join(sys.argv),
             "machine": place(device),
             "torch": torch.__version__,
             "weights": total,

@@ -258,7 +258,7 @@ def plot(results, path):
     axes.set(
         xlabel="step", ylabel="training loss", ylim=(None, results["curves"][REFERENCE][len(losses) // 30])
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small", loc="center right")
     axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(path)
