@@ -21,6 +21,7 @@ import minifp4
 from minifp4 import chat, checkpoint
 from minifp4.cli import check, choose_device, given, option, run, spellings
 from minifp4.files import only_user, remove, replacing
+from minifp4.kernels import reason, usual
 from minifp4.memory import GIB, Memory
 from minifp4.packed import bytes_of
 from minifp4.precision import FLOATS, KINDS, MASTERS
@@ -130,7 +131,7 @@ class Settings:
         least=0,
     )
     compile: bool = option(
-        None, "memory and speed", "let torch.compile join small operations; default: on CUDA"
+        None, "memory and speed", "let torch.compile join small operations; default: on CUDA, with Triton"
     )
     cuda_graph: bool = option(
         None, "memory and speed", "record the steps of small batches and replay them; default: on CUDA"
@@ -269,6 +270,8 @@ def check_together(settings, device):
             f"--keep-activations {settings.keep_activations} is for --activation-checkpointing: without it "
             "all layers keep theirs"
         )
+    if settings.compile and device.type == "cuda" and not usual(device):
+        raise ValueError("--compile: on a GPU torch.compile needs the package triton, which is not installed")
     if settings.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: the device is {device}, and only CUDA has graphs")
 
@@ -340,7 +343,7 @@ def make_optimizer(model, settings):
 def make_step(model, optimizer, settings, memory):
     """The `Step` of this run, and what makes it fast on this device."""
     on_cuda, clip = model.device.type == "cuda", settings.grad_clip
-    if on_cuda if settings.compile is None else settings.compile:
+    if optimizer.compiled:
         model.compile_parts()
     return Step(
         model, optimizer, kind=settings.loss, in_backward=settings.step_in_backward, memory=memory,
@@ -377,7 +380,7 @@ def train(step, tokenizer, examples, settings, start, save, memory):
     for number in range(start, settings.steps):
         batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
         optimizer.lr = learning_rate(settings, number)
-        loss, norm = step(batches)
+        loss, norm = run_step(step, batches)
         tokens += sum(ids.numel() for ids, _ in batches)
         if (number + 1) % settings.log_every == 0 or number + 1 == settings.steps:
             record = {
@@ -392,6 +395,16 @@ def train(step, tokenizer, examples, settings, start, save, memory):
             tokens, since = 0, time.perf_counter()
         if settings.save_every and (number + 1) % settings.save_every == 0:
             save(number + 1)
+
+
+def run_step(step, batches):
+    """One step; ValueError if it cannot be compiled."""
+    try:
+        return step(batches)
+    except RuntimeError as error:
+        if reason(error) is None:
+            raise
+        raise ValueError(f"torch.compile failed: {reason(error)}; --no-compile does without it") from None
 
 
 def keep_metrics(path, start):

@@ -15,7 +15,22 @@ that changes comes in tensors; every new shape is compiled again, unless `any_le
 code for any length is as good as its first length made it, unless its thread blocks are fixed.
 """
 
+import importlib.util
+
 import torch
+
+
+def usual(device):
+    """Whether to compile when nobody has said: on CUDA, if there is Triton (Windows has none)."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def reason(error):
+    """Why the compiler has failed, in one line, if `error` comes from it; else None."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    lines = str(error).splitlines()
+    return next((line for line in lines if line and not line.startswith("backend=")), type(error).__name__)
 
 
 def compiled(function, options=None, config=None):

@@ -32,6 +32,7 @@ from .nvfp4 import (
     paired,
     pairs,
     quantize,
+    raw,
     row_slices,
     unpaired,
     weight_global_scale,
@@ -252,7 +253,7 @@ def compiled_kernels():
     )
 
     def dequantize(q, dtype):
-        blocks = q.qdata.view(-1, BLOCK // 2), q.scale.view(-1, 1)
+        blocks = q.qdata.view(-1, BLOCK // 2), raw(q.scale).view(-1, 1)
         with torch.compiler.set_stance("default"):
             return decode_blocks(*blocks, q.global_scale, dtype).view(dtype).view(len(q.qdata), -1)
 

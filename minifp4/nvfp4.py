@@ -46,10 +46,13 @@ BLOCK = 16  # numbers that share a scale
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9  # the smallest positive E4M3, a subnormal
+E4M3_NAN = 480.0  # stands for NaN where scales are numbers: it would have the byte that NaN has
 FP32_MAX = torch.finfo(torch.float32).max
 SIGN = -(2**31)  # the bit of the sign in fp32
 ONE, SIX = 0x3F800000, 0x40C00000  # the bits of 1.0 and 6.0 in fp32
-FP16_UNIT = 2.0**14  # how much more than in fp16 an exponent means in E2M1
+LEAST, LARGEST = 0x3C800000, 0x43E00000  # those of 2**-6, E4M3's smallest normal number, and of 448
+EXPONENT = 0x7F800000  # where fp32 has its exponent
+FP16_UNIT, FP16_UNIT8 = 2.0**14, 2.0**8  # how much more than in fp16 an exponent means in E2M1, in E4M3
 BOTH = 0x00010001  # times a number: the same number in both halves of an int32
 RANDOM = 2**22  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 
@@ -89,18 +92,18 @@ def quantize(x, rounding="nearest", *, global_scale=None, generator=None):
         drawn = torch.randint(RANDOM, x.shape, generator=generator, device=x.device, dtype=torch.int32)
         bits = as_matrix(drawn)
     qdata = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(*x.shape[:-1], x.shape[-1] // BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(*x.shape[:-1], x.shape[-1] // BLOCK, dtype=torch.uint8, device=x.device)
     matrix, codes, scales = as_matrix(x.detach()), as_matrix(qdata), as_matrix(scale)
     for rows in row_chunks(matrix):
         drawn = None if bits is None else halves(bits[rows])
         codes[rows], scales[rows] = encode(halves(matrix[rows].float()), encode_scale, drawn)
-    return NVFP4(qdata, scale, global_scale)
+    return NVFP4(qdata, scale.view(torch.float8_e4m3fn), global_scale)
 
 
 def dequantize(q, dtype=torch.float32):
     """The numbers that `q` stands for, [..., K], computed in fp32 and rounded once to `dtype`."""
     values = torch.empty(*q.qdata.shape[:-1], 2 * q.qdata.shape[-1], dtype=dtype, device=q.qdata.device)
-    matrix, codes, scales = as_matrix(values), as_matrix(q.qdata), as_matrix(q.scale)
+    matrix, codes, scales = as_matrix(values), as_matrix(q.qdata), as_matrix(raw(q.scale))
     for rows in row_chunks(matrix):
         matrix[rows] = decode_rows(codes[rows], scales[rows], q.global_scale)
     return values
@@ -205,12 +208,12 @@ def paired(even, odd):
 
 
 def encode(x, encode_scale, bits=None, scale=None):
-    """(qdata uint8 [..., K/2], scale E4M3 [..., K/16]) of `x`, fp32 halves of [..., K]: the arithmetic of
-    `quantize`.
+    """(qdata, scale), uint8 [..., K/2] and [..., K/16], of `x`, fp32 halves of [..., K]: the arithmetic of
+    `quantize`. What is stored of a scale is its byte; before that it is an fp32 number that E4M3 has.
 
     encode_scale: fp32, the reciprocal of the global scale; [], or [..., 1] with one for each row.
     bits: random int32, halves shaped as x, make the rounding stochastic; the lower 22 of each count.
-    scale: block scales to use instead of new ones.
+    scale: block scales to use instead of new ones, as numbers.
     """
     x = in_blocks(x)
     if scale is None:
@@ -218,7 +221,7 @@ def encode(x, encode_scale, bits=None, scale=None):
     inverse = inverse_scale(scale, encode_scale)
     bits = (None, None) if bits is None else in_blocks(bits)
     even, odd = (e2m1_code(half * inverse, drawn) for half, drawn in zip(x, bits))
-    return (even | odd << 4).to(torch.uint8).flatten(-2), scale
+    return (even | odd << 4).to(torch.uint8).flatten(-2), e4m3_byte(scale)
 
 
 def in_blocks(x):
@@ -243,28 +246,53 @@ def magnitude_bits(x):
 
 def inverse_scale(scale, encode_scale):
     """What numbers [..., K/16, 8] are multiplied with to be in units of the block's scale, [..., K/16, 1]."""
-    exact = 1 / (scale.float() * (1 / encode_scale))
+    exact = 1 / (scale * (1 / encode_scale))
     return exact.clamp(max=FP32_MAX).unsqueeze(-1)  # finite where the scale is 0
 
 
 def block_scale(amax, encode_scale, upward=False, most=E2M1_MAX):
-    """The E4M3 scale that brings a block's largest magnitude `amax` to `most`, the largest code's value.
+    """The scale that brings a block's largest magnitude `amax` to `most`, the largest code's value.
 
     To nearest, where 6 may become 6.37 and be cut to 6; or `upward`, so that nothing is cut, which stochastic
     rounding needs to be right on average.
     """
-    amax = torch.where(amax < torch.inf, amax, torch.nan)  # an infinity must not saturate to 448
-    exact = amax * (encode_scale * (1 / most))
-    # Clamp first: casting 500. to E4M3 is NaN on some versions of torch and 448 on others.
-    scale = exact.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-    return next_e4m3(scale, scale.float() < exact) if upward else scale
+    exact, scale, gap = nearest_e4m3(amax * (encode_scale * (1 / most)))
+    if upward:
+        scale = torch.where(scale < exact, scale + gap, scale)
+    return torch.where(amax < torch.inf, scale, E4M3_NAN)
 
 
-def next_e4m3(scale, where, step=1):
-    """The next larger (step 1) or smaller (-1) E4M3 number, where asked for: its byte plus or minus 1."""
-    byte = scale.view(torch.uint8)
-    inside = (scale.float() < E4M3_MAX) if step > 0 else (scale.float() > 0)
-    return torch.where(where & inside, byte + step, byte).view(torch.float8_e4m3fn)
+def nearest_e4m3(x):
+    """(`x`, fp32 >= 0, but at most 448; the E4M3 number nearest to that, ties to even; the gap between the
+    two numbers around it), all fp32. Rounded as in `rounded`."""
+    x = limited(x, LARGEST)
+    exponent = (x & EXPONENT).clamp(min=LEAST)
+    power, gap = (number.view(torch.float32) for number in (exponent + (20 << 23), exponent - (3 << 23)))
+    x = x.view(torch.float32)
+    return x, x + power - power, gap
+
+
+def raw(scale):
+    """E4M3 numbers as uint8, the same memory; bytes as they are."""
+    return scale.view(torch.uint8)
+
+
+def e4m3(byte):
+    """The numbers, fp32, that E4M3 bytes (uint8) stand for.
+
+    torch can convert its type float8_e4m3fn, but in compiled code only where the GPU can, from compute
+    capability 8.9 on. And it is little work: like E2M1, E4M3 is fp16 with a narrower exponent.
+    """
+    x = byte.view(torch.int8).to(torch.int32) << 7
+    # Bit 14, of which fp16's exponent has one more: 0, also where the sign has been copied there. But NaN is
+    # 0x7F or 0xFF, the only bytes to which adding 1 changes it.
+    bits = x ^ (x + (1 << 7) & 1 << 14)
+    return bits.to(torch.int16).view(torch.float16).float() * FP16_UNIT8
+
+
+def e4m3_byte(scale):
+    """The inverse of `e4m3`, for positive numbers: they are fp16 numbers too."""
+    return ((scale * (1 / FP16_UNIT8)).half().view(torch.int16) >> 7).to(torch.uint8)
 
 
 def decode(qdata, scale, global_scale):
@@ -287,12 +315,12 @@ def decode_rows(qdata, scale, global_scale):
     code = joined(qdata & 0xF, qdata >> 4).to(torch.int16)
     values = fp16_bits(code & 7, code & 8).view(torch.float16)
     blocks = (values.float() * FP16_UNIT).unflatten(-1, (-1, BLOCK))
-    return (blocks * (scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
+    return (blocks * (e4m3(scale) * global_scale).unsqueeze(-1)).flatten(-2)
 
 
 def scaled(x, scale, global_scale):
     """Halves in units of their block's scale -> values."""
-    step = (scale.float() * global_scale).unsqueeze(-1)
+    step = (e4m3(scale) * global_scale).unsqueeze(-1)
     return tuple((half.float() * step).flatten(-2) for half in in_blocks(x))
 
 
@@ -325,7 +353,7 @@ def rounded(y, bits, most, further=0):
     place = 22 - further
     if bits is None:
         magnitude = limited(y, most)
-        exponent = (magnitude & 0x7F800000).clamp(min=ONE)
+        exponent = (magnitude & EXPONENT).clamp(min=ONE)
         power = exponent + (place << 23)
         steps = (magnitude.view(torch.float32) + power.view(torch.float32)).view(torch.int32) - power
         return steps + (exponent - ONE >> place) << place + 6

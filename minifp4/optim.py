@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import any_length, compiled
+from .kernels import any_length, compiled, usual
 from .nvfp4 import limited, magnitude_bits, pairs, row_chunks, unpaired
 from .precision import (
     Blocks,
@@ -145,7 +145,7 @@ class AdamW:
     rounding: "stochastic", or "nearest" for all that is stored.
     chunk_rows: rows that are in fp32 at once; the result is the same for every choice. 0: as fast as
     possible.
-    compile: make one kernel of each matrix's update (torch.compile); if None, on CUDA only.
+    compile: make one kernel of each matrix's update (torch.compile); if None, where that is `usual`.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, state="fp32",
@@ -161,7 +161,7 @@ class AdamW:
         self._numbers = {name: number for number, name in enumerate(self.parameters)}
         self.stores = {name: self._stores(p) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
-        self.compiled = device.type == "cuda" if compile is None else compile
+        self.compiled = usual(device) if compile is None else compile
         self._update, self._survey = update, survey
         if self.compiled:
             self._update = compiled(update, ONE_KERNEL, A_BLOCK_A_THREAD)

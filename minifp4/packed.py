@@ -35,7 +35,7 @@ from .nvfp4 import (
     BOTH,
     E2M1_MAX,
     E4M3_MAX,
-    E4M3_MIN,
+    E4M3_NAN,
     FP16_UNIT,
     NVFP4,
     RANDOM,
@@ -45,14 +45,17 @@ from .nvfp4 import (
     decode,
     decode_rows,
     dequantize,
+    e4m3,
+    e4m3_byte,
     encode,
     fp16_bits,
     halves,
     in_blocks,
     inverse_scale,
     joined,
-    next_e4m3,
+    nearest_e4m3,
     quantize,
+    raw,
     rounded,
     row_chunks,
     scaled,
@@ -102,10 +105,10 @@ class Packed(torch.Tensor):
     def store(self, rows, x):
         """Write fp32 values [rows, in], to nearest."""
         for name, new in encoded(*self._rows(rows), halves(x)).items():
-            getattr(self, name)[rows] = new
+            raw(getattr(self, name))[rows] = new
 
     def _rows(self, rows):
-        parts = {name: part[rows] for name, part in self.parts().items() if part.dim()}
+        parts = {name: raw(part)[rows] for name, part in self.parts().items() if part.dim()}
         return parts, self.global_scale, "more" in parts
 
     def __tensor_flatten__(self):
@@ -142,7 +145,7 @@ def from_parts(parts):
 
 
 def stored(parts, global_scale, finer):
-    """The values of a weight, or of rows of one, with these `parts`: halves (`nvfp4.halves`), fp32.
+    """The values of a weight, or of rows of one, with these `parts` (bytes): halves (`nvfp4.halves`), fp32.
 
     finer: whether it is nvfp4x2.
     """
@@ -168,18 +171,18 @@ def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
     bits, block_bits: random int32, halves as x and [rows, in/16], round codes and block scales
     stochastically; None rounds to nearest.
     """
-    old, encode_scale = parts["scale"], 1 / global_scale
+    old, encode_scale = e4m3(parts["scale"]), 1 / global_scale
     amax = block_amax(in_blocks(x))
-    unit = old.float() * global_scale
+    unit = old * global_scale
     fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
     if bits is None or finer:
-        fresh = block_scale(amax, encode_scale).float()
+        fresh = block_scale(amax, encode_scale)
     else:
         fresh, x = _stochastic_scale(x, amax, global_scale, block_bits, fits)
-    scale = torch.where(fits, old.float(), fresh).to(torch.float8_e4m3fn)
+    scale = torch.where(fits, old, fresh)
     if finer:
-        return {"scale": scale} | _places(x, scale, encode_scale, bits)
-    return {"scale": scale, "qdata": encode(x, encode_scale, bits, scale=scale)[0]}
+        return {"scale": e4m3_byte(scale)} | _places(x, scale, encode_scale, bits)
+    return dict(zip(("qdata", "scale"), encode(x, encode_scale, bits, scale)))
 
 
 def _places(x, scale, encode_scale, bits):
@@ -195,18 +198,15 @@ def _places(x, scale, encode_scale, bits):
 
 
 def _stochastic_scale(x, amax, global_scale, block_bits, fits):
-    """New block scales, rounded stochastically (fp32), and `x` with numbers beyond 6 times the smaller one
+    """New block scales, rounded stochastically, and `x` with numbers beyond 6 times the smaller one
     adjusted.
 
     With probability `share` the larger scale is taken. With the smaller one such numbers will be cut to its
     limit; so with the larger they must go beyond what they are, for the mean to be right.
     """
-    exact = amax * (1 / global_scale / E2M1_MAX)
-    nearest = block_scale(amax, 1 / global_scale)
-    below = next_e4m3(nearest, nearest.float() > exact, -1)
-    above = next_e4m3(below, torch.ones_like(fits)).float()
-    below = below.float()
-    share = (exact - below) / (above - below).clamp(min=E4M3_MIN)
+    exact, nearest, gap = nearest_e4m3(amax * (1 / global_scale / E2M1_MAX))
+    below = torch.where(nearest > exact, nearest - gap, nearest)
+    share = (exact - below) / gap
     up = ((block_bits & RANDOM - 1) < share * RANDOM) & fits.logical_not()
     # What is beyond the limit grows by 1 / share; where `up` is not, nothing is beyond.
     limit = torch.where(up, E2M1_MAX * below * global_scale, torch.inf).unsqueeze(-1)
@@ -216,7 +216,8 @@ def _stochastic_scale(x, amax, global_scale, block_bits, fits):
         beyond = (blocks.abs() - limit).view(torch.int32).clamp(min=0).view(torch.float32)
         return (blocks + (beyond * further).copysign(blocks)).flatten(-2)
 
-    return torch.where(up, above, below), [adjusted(blocks) for blocks in in_blocks(x)]
+    scale = torch.where(amax < torch.inf, torch.where(up, below + gap, below), E4M3_NAN)
+    return scale, [adjusted(blocks) for blocks in in_blocks(x)]
 
 
 def pack(weight, global_scale, finer):
@@ -246,7 +247,7 @@ def pack_exactly(weight):
         if not right:
             return weight
         parts.append((codes, scale))
-    qdata, scale = (torch.cat([part.view(torch.uint8) for part in some]) for some in zip(*parts))
+    qdata, scale = (torch.cat(some) for some in zip(*parts))
     return Packed(NVFP4(qdata, scale.view(torch.float8_e4m3fn), global_scale))
 
 
@@ -256,18 +257,20 @@ def _codes_of_values(x, global_scale):
     amax, scale, right = blocks.abs().amax(-1), None, None
     for top in (E2M1_MAX, 4.0, 3.0):
         tried = block_scale(amax * (E2M1_MAX / top), encode_scale)
-        scale = tried if scale is None else torch.where(right, scale.float(), tried.float()).to(tried.dtype)
-        codes, _ = encode(halves(x), encode_scale, scale=scale)
-        values = decode_rows(codes, scale, global_scale)
+        scale = tried if scale is None else torch.where(right, scale, tried)
+        codes, stored_scale = encode(halves(x), encode_scale, scale=scale)
+        values = decode_rows(codes, stored_scale, global_scale)
         right = (values.unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
-    return codes, scale, bool(right.all())
+    return codes, stored_scale, bool(right.all())
 
 
 def refit_parts(scales, global_scales):
-    top = torch.stack([scale.float().amax() for scale in scales]).amax()
+    top = torch.stack([e4m3(scale).amax() for scale in scales]).amax()
     factor = torch.where(top > E4M3_MAX / 2, 2.0, 1.0)
     for scale, global_scale in zip(scales, global_scales):
-        scale.copy_(scale.float() / factor)
+        numbers = e4m3(scale)
+        _, halved, _ = nearest_e4m3(numbers / factor)
+        scale.copy_(e4m3_byte(torch.where(numbers.isnan(), E4M3_NAN, halved)))
         global_scale.mul_(factor)
 
 
@@ -278,7 +281,7 @@ def refit(weights, fit=refit_parts):
     All block scales are halved, so that no number changes (but in E4M3's subnormals, by half their step).
     fit: `refit_parts`, or that compiled.
     """
-    fit([weight.scale for weight in weights], [weight.global_scale for weight in weights])
+    fit([raw(weight.scale) for weight in weights], [weight.global_scale for weight in weights])
 
 
 def dense(weight):

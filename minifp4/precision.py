@@ -51,11 +51,13 @@ from .nvfp4 import (
     block_amax,
     block_scale,
     decode,
+    e4m3_byte,
     encode,
     in_blocks,
     inverse_scale,
     paired,
     pairs,
+    raw,
     scaled,
     unpaired,
 )  # fmt: skip
@@ -197,7 +199,7 @@ class Blocks:
         add = (2**21, 2**21) if bits is None else [half & RANDOM - 1 for half in bits]
         y = [half.view(torch.int32).clamp(HALF, SIX) - HALF + more for half, more in zip(y, add)]
         even, odd = (half >> 22 for half in y)
-        return (even | odd << 4).to(torch.uint8), scale
+        return (even | odd << 4).to(torch.uint8), e4m3_byte(scale)
 
     def _encode8(self, x, encode_scale, bits):
         y, scale = self._in_units(x, encode_scale, upward=True)
@@ -207,13 +209,13 @@ class Blocks:
             y = [(half + uniform(drawn)).floor() for half, drawn in zip(y, bits)]
         least = 1 if self.positive else -self.most
         even, odd = (half.clamp(least, self.most).to(torch.int32) for half in y)
-        return (even & 0xFF | odd << 8).to(torch.int16), scale
+        return (even & 0xFF | odd << 8).to(torch.int16), e4m3_byte(scale)
 
     def _in_units(self, x, encode_scale, upward):
         """(the halves `x` in units of their blocks' new scales, which are above 0; these scales)"""
         x = in_blocks(x)
         scale = block_scale(block_amax(x, self.positive), encode_scale, upward, self.most)
-        scale = scale.float().clamp(min=E4M3_MIN).to(scale.dtype)
+        scale = scale.clamp(min=E4M3_MIN)
         inverse = inverse_scale(scale, encode_scale)
         return [(half * inverse).flatten(-2) for half in x], scale
 
@@ -227,17 +229,14 @@ def _rows_a_block(blocks_a_row, device):
 
 
 def _flat(x):
-    """Codes [rows, K/2] -> [blocks, 8], scales [rows, K/16] -> [blocks, 1]."""
-    return x.view(-1, 1 if x.dtype == torch.float8_e4m3fn else BLOCK // 2)
+    """Codes [rows, K/2] -> [blocks, 8], scales [rows, K/16] -> bytes [blocks, 1]."""
+    return raw(x).view(-1, 1) if x.dtype == torch.float8_e4m3fn else x.view(-1, BLOCK // 2)
 
 
 def write(parts, new, ok=None):
     """Store {name: tensor} in rows of a storage's tensors, unless `ok` (bool []) is false."""
     for name, value in new.items():
-        old = parts[name]
-        if old.dtype == torch.float8_e4m3fn:  # `where` does not know it
-            old, value = old.view(torch.uint8), value.view(torch.uint8)
-        old.copy_(value if ok is None else torch.where(ok, value, old))
+        parts[name].copy_(value if ok is None else torch.where(ok, value, parts[name]))
 
 
 def stochastic_cast(x, dtype, bits):

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, export, read_lines, small_directory, small_model, train
+from torch._inductor.utils import fresh_cache
 
 import minifp4
 from minifp4 import AdamW, chat, cli, memory
@@ -158,6 +159,13 @@ def test_compiling_changes_rounding_only(result, monkeypatch):
     metrics = result(compile=True, grad_clip=0.0)[1]
     assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in plain], rel=0.02)
     assert metrics[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+
+
+def test_a_compiler_that_fails_is_named(result, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    torch._dynamo.reset()
+    with fresh_cache(), pytest.raises(ValueError, match="no-such-compiler.*; --no-compile does without it"):
+        result(compile=True)
 
 
 def test_memory_is_reported_and_limited(result, small, tsv, tmp_path, capsys):

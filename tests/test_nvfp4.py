@@ -47,12 +47,28 @@ def test_every_code_times_every_scale():
     ).byte()
     q = minifp4.NVFP4(qdata, byte.view(torch.float8_e4m3fn).unsqueeze(1), torch.tensor(0.25))
     rows = minifp4.dequantize(q)
-    assert torch.equal(nvfp4.joined(*nvfp4.decode(*q)).nan_to_num(7e7), rows.nan_to_num(7e7))
+    halves = nvfp4.decode(qdata, byte.unsqueeze(1), q.global_scale)
+    assert torch.equal(nvfp4.joined(*halves).nan_to_num(7e7), rows.nan_to_num(7e7))
     for row, scale in zip(rows, range(256)):
         expected = torch.tensor(
             [(-1 if code > 7 else 1) * E2M1[code & 7] * e4m3(scale) / 4 for code in range(16)]
         )
         assert torch.equal(row.nan_to_num(7e7), expected.nan_to_num(7e7))
+
+
+def test_scales_are_rounded_as_torch_rounds_them():
+    """Every E4M3 number, the middle between each two, and one fp32 step to either side of it."""
+    numbers = torch.tensor([e4m3(byte) for byte in range(127)])
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, ties, ties.nextafter(torch.tensor(0.0)), ties.nextafter(torch.tensor(448.0))])
+    theirs = x.to(torch.float8_e4m3fn)
+    _, nearest, _ = nvfp4.nearest_e4m3(x)
+    assert torch.equal(nearest, theirs.float())
+    assert torch.equal(nvfp4.e4m3_byte(nearest), theirs.view(torch.uint8))
+    _, _, gap = nvfp4.nearest_e4m3(ties)
+    assert torch.equal(gap, numbers.diff())
+    amax = torch.tensor([449.0, 1e30, math.inf, math.nan])
+    assert nvfp4.e4m3_byte(nvfp4.block_scale(amax, 1.0, most=1)).tolist() == [126, 126, 127, 127]
 
 
 def test_ties_go_to_the_even_code():
@@ -201,10 +217,8 @@ def test_compiled_and_eager_give_the_same_bits(rounding):
     arguments = nvfp4.halves(x), torch.tensor(64.0), nvfp4.halves(drawn) if rounding == "stochastic" else None
     eager = nvfp4.encode(*arguments)
     compiled = torch.compile(nvfp4.encode)(*arguments)
-    assert torch.equal(eager[0], compiled[0]) and torch.equal(
-        eager[1].view(torch.uint8), compiled[1].view(torch.uint8)
-    )
-    q = minifp4.NVFP4(*eager, torch.tensor(1 / 64))
+    assert all(torch.equal(*both) for both in zip(eager, compiled))
+    q = minifp4.NVFP4(eager[0], eager[1].view(torch.float8_e4m3fn), torch.tensor(1 / 64))
     assert torch.equal(torch.compile(minifp4.dequantize)(q), minifp4.dequantize(q))
     if rounding == "nearest":
         assert all(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_model
 
-from minifp4 import AdamW, checkpoint, linear, loss
+from minifp4 import AdamW, checkpoint, linear, loss, optim
 from minifp4.files import bits
 from minifp4.packed import Packed
 from minifp4.step import Step
@@ -120,6 +120,30 @@ def test_a_step_too_large_to_be_recorded_runs_kernel_by_kernel(in_backward, monk
     monkeypatch.setattr(optimizer, "update", too_large)
     found, step = stepped(in_backward, start=(model, optimizer), graph=True)
     assert list(step._recorded.values()) == [None] and not different(expected, found)
+
+
+@pytest.mark.parametrize("master", ["bf16", "nvfp4x2", "nvfp4"])
+def test_compiled_code_has_no_floats_of_8_bits(master, monkeypatch):
+    """Triton knows them only for GPUs of compute capability 8.9 and later; many have 8.0 or 8.6."""
+    dtypes = set()
+
+    def look(graph, _):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        dtypes.update(value.dtype for value in values if isinstance(value, torch.Tensor))
+        return graph
+
+    def compiled(function, *how):
+        return torch.compile(function, backend=look, dynamic=False)
+
+    monkeypatch.setattr(linear, "compiled", compiled)
+    monkeypatch.setattr(optim, "compiled", compiled)
+    model = small_model()
+    checkpoint.set_masters(model, master, torch.device("cpu"))
+    gating = {name: getattr(linear.EAGER, name) for name in ("gated", "gated_backward")}
+    for layer in [*model.linears(), model.model.embed_tokens]:
+        layer.kernels = linear.compiled_kernels()._replace(**gating)
+    Step(model, AdamW(model.named_parameters(), state="nvfp4", compile=True))([(IDS, IDS)])
+    assert torch.uint8 in dtypes and torch.float8_e4m3fn not in dtypes
 
 
 def test_after_close_gradients_stay():

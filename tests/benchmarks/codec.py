@@ -47,15 +47,13 @@ def differences(rows, columns, devices):
     for kind, rounding in itertools.product(("normal", "spread"), ("nearest", "stochastic")):
         x, bits = data(kind, rows, columns), drawn if rounding == "stochastic" else None
         expected = encode(x, bits, scale)
-        decoded = nvfp4.dequantize(nvfp4.NVFP4(*expected, 1 / scale))
+        q = nvfp4.NVFP4(expected[0], expected[1].view(torch.float8_e4m3fn), 1 / scale)
+        decoded = nvfp4.dequantize(q)
         for device, (how, (encodes, decodes)) in itertools.product(devices, hows.items()):
             given = (None if t is None else t.to(device) for t in (x, bits, scale))
-            codes = nvfp4.NVFP4(*(t.to(device) for t in (*expected, 1 / scale)))
-            got, values = encodes(*given), decodes(codes, torch.float32)
-            counts = [
-                (mine.cpu().view(torch.uint8) != right.view(torch.uint8)).sum().item()
-                for mine, right in zip(got, expected)
-            ]
+            got = encodes(*given)
+            values = decodes(nvfp4.NVFP4(*(t.to(device) for t in q)), torch.float32)
+            counts = [(mine.cpu() != right).sum().item() for mine, right in zip(got, expected)]
             counts.append((values.cpu() != decoded).sum().item())
             found[f"{device} {how}, {kind}, {rounding}"] = counts
     return found, [expected[0].numel(), expected[1].numel(), decoded.numel()]
