@@ -97,7 +97,7 @@ class Settings:
     compute_dtype: str = option(
         None,
         "precision",
-        "of activations and gradients; default: bf16 on CUDA, else fp32",
+        "of activations and gradients; default: bf16 on GPUs that have it, else fp32",
         choices=tuple(FLOATS),
     )
     rounding: str = option(

@@ -68,7 +68,10 @@ def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtyp
 
 
 def default_compute_dtype(device):
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    """bf16 on GPUs that compute in it (from compute capability 8.0 on), else fp32."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def model_directory(path):

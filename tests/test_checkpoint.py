@@ -11,7 +11,7 @@ import torch
 from conftest import CONFIG, ROOT, small_directory, small_model, train
 
 import minifp4
-from minifp4 import packed, safetensors
+from minifp4 import checkpoint, packed, safetensors
 from minifp4.model import Config, Qwen3
 from minifp4.packed import dense
 
@@ -94,6 +94,13 @@ def test_load_gives_what_was_saved(tmp_path):
     assert torch.equal(plain(ids), small_model(quantize=False)(ids))
     assert minifp4.load(path, compute_dtype=torch.bfloat16)[0](ids).dtype == torch.bfloat16
     assert len(minifp4.generate(loaded, tokenizer, "你好", max_new_tokens=3)) >= 0
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_computes_in_bf16_if_it_can(has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert checkpoint.default_compute_dtype("cuda") == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert checkpoint.default_compute_dtype("cpu") == torch.float32
 
 
 def break_config(path, **changes):
