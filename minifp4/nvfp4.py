@@ -284,8 +284,8 @@ def e4m3(byte):
     capability 8.9 on. And it is little work: like E2M1, E4M3 is fp16 with a narrower exponent.
     """
     x = byte.view(torch.int8).to(torch.int32) << 7
-    # fp16's exponent has one bit more, 14, and the shift leaves a copy of the sign there. It must become 0, but
-    # 1 for NaN: 0x7F and 0xFF are the only bytes to which adding 1 changes it.
+    # fp16's exponent has one bit more, 14, and the shift leaves a copy of the sign there. It must become 0,
+    # but 1 for NaN: 0x7F and 0xFF are the only bytes to which adding 1 changes it.
     bits = x ^ (x + (1 << 7) & 1 << 14)
     return bits.to(torch.int16).view(torch.float16).float() * FP16_UNIT8
 
