@@ -161,8 +161,8 @@ def test_compiling_changes_rounding_only(result, monkeypatch):
     assert metrics[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
 
 
-def test_a_compiler_that_fails_is_named(result, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+@torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+def test_a_compiler_that_fails_is_named(result):
     torch._dynamo.reset()
     with fresh_cache(), pytest.raises(ValueError, match="no-such-compiler.*; --no-compile does without it"):
         result(compile=True)
