@@ -52,7 +52,7 @@ SIGN = -(2**31)  # the bit of the sign in fp32
 ONE, SIX = 0x3F800000, 0x40C00000  # the bits of 1.0 and 6.0 in fp32
 LEAST, LARGEST = 0x3C800000, 0x43E00000  # those of 2**-6, E4M3's smallest normal number, and of 448
 EXPONENT = 0x7F800000  # where fp32 has its exponent
-FP16_UNIT, FP16_UNIT8 = 2.0**14, 2.0**8  # how much more than in fp16 an exponent means in E2M1, in E4M3
+E2M1_UNIT, E4M3_UNIT = 2.0**14, 2.0**8  # how much more an exponent means there than in fp16
 BOTH = 0x00010001  # times a number: the same number in both halves of an int32
 RANDOM = 2**22  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 
@@ -287,12 +287,12 @@ def e4m3(byte):
     # fp16's exponent has one bit more, 14, and the shift leaves a copy of the sign there. It must become 0,
     # but 1 for NaN: 0x7F and 0xFF are the only bytes to which adding 1 changes it.
     bits = x ^ (x + (1 << 7) & 1 << 14)
-    return bits.to(torch.int16).view(torch.float16).float() * FP16_UNIT8
+    return bits.to(torch.int16).view(torch.float16).float() * E4M3_UNIT
 
 
 def e4m3_byte(scale):
     """The inverse of `e4m3`, for positive numbers: they are fp16 numbers too."""
-    return ((scale * (1 / FP16_UNIT8)).half().view(torch.int16) >> 7).to(torch.uint8)
+    return ((scale * (1 / E4M3_UNIT)).half().view(torch.int16) >> 7).to(torch.uint8)
 
 
 def decode(qdata, scale, global_scale):
@@ -302,7 +302,7 @@ def decode(qdata, scale, global_scale):
     x = qdata.to(torch.int32)
     magnitudes, signs = x * (1 << 9 | 1 << 21), x * (1 << 12 | 1 << 24)
     bits = magnitudes & (7 << 9) * BOTH | signs & (SIGN | 8 << 12)
-    return scaled(both_fp16(bits), scale, global_scale * FP16_UNIT)
+    return scaled(both_fp16(bits), scale, global_scale * E2M1_UNIT)
 
 
 def both_fp16(bits):
@@ -314,7 +314,7 @@ def decode_rows(qdata, scale, global_scale):
     """The same, interleaved: fp32 [..., K]."""
     code = joined(qdata & 0xF, qdata >> 4).to(torch.int16)
     values = fp16_bits(code & 7, code & 8).view(torch.float16)
-    blocks = (values.float() * FP16_UNIT).unflatten(-1, (-1, BLOCK))
+    blocks = (values.float() * E2M1_UNIT).unflatten(-1, (-1, BLOCK))
     return (blocks * (e4m3(scale) * global_scale).unsqueeze(-1)).flatten(-2)
 
 

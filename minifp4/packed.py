@@ -34,9 +34,9 @@ from .nvfp4 import (
     BLOCK,
     BOTH,
     E2M1_MAX,
+    E2M1_UNIT,
     E4M3_MAX,
     E4M3_NAN,
-    FP16_UNIT,
     NVFP4,
     RANDOM,
     block_amax,
@@ -155,7 +155,7 @@ def stored(parts, global_scale, finer):
     codes, more = spread(codes), spread(parts["more"])
     places = ((codes & 7 * BOTH) << FURTHER) + more - PLACES // 2 * BOTH  # none is below 0
     bits = fp16_bits(places, codes & 8 * BOTH, FURTHER)
-    return scaled(both_fp16(bits), scale, global_scale * FP16_UNIT)
+    return scaled(both_fp16(bits), scale, global_scale * E2M1_UNIT)
 
 
 def spread(x):
