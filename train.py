@@ -21,7 +21,7 @@ import minifp4
 from minifp4 import chat, checkpoint
 from minifp4.cli import check, choose_device, given, option, run, spellings
 from minifp4.files import only_user, remove, replacing
-from minifp4.kernels import reason, usual
+from minifp4.kernels import failures_named, usual
 from minifp4.memory import GIB, Memory
 from minifp4.packed import bytes_of
 from minifp4.precision import FLOATS, KINDS, MASTERS
@@ -206,7 +206,7 @@ def main(settings):
         for old in sorted(written)[: -settings.keep]:
             remove(written.pop(old))
 
-    with only_user(Path(settings.out)):
+    with only_user(Path(settings.out)), failures_named():
         prompts = test_prompts(settings)
         with memory.phase("answer"):
             answers = ask("before", model, tokenizer, prompts, settings)
@@ -380,7 +380,7 @@ def train(step, tokenizer, examples, settings, start, save, memory):
     for number in range(start, settings.steps):
         batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
         optimizer.lr = learning_rate(settings, number)
-        loss, norm = run_step(step, batches)
+        loss, norm = step(batches)
         tokens += sum(ids.numel() for ids, _ in batches)
         if (number + 1) % settings.log_every == 0 or number + 1 == settings.steps:
             record = {
@@ -395,16 +395,6 @@ def train(step, tokenizer, examples, settings, start, save, memory):
             tokens, since = 0, time.perf_counter()
         if settings.save_every and (number + 1) % settings.save_every == 0:
             save(number + 1)
-
-
-def run_step(step, batches):
-    """One step; ValueError if it cannot be compiled."""
-    try:
-        return step(batches)
-    except RuntimeError as error:
-        if reason(error) is None:
-            raise
-        raise ValueError(f"torch.compile failed: {reason(error)}; --no-compile does without it") from None
 
 
 def keep_metrics(path, start):

@@ -101,9 +101,7 @@ def read_weight(file, name, parts, device):
     q = read_nvfp4(file, parts)
     e4m3 = q.scale.to(torch.float8_e4m3fn)
     if q.scale.dtype == torch.float16 and not torch.equal(e4m3.to(torch.float16), q.scale):
-        ones = torch.ones_like(q.scale).to(e4m3.dtype)  # for scales that only fp16 can hold
-        values = dequantize(q._replace(scale=ones)) * q.scale.float().repeat_interleave(BLOCK, -1)
-        return values.to(device)
+        return dequantize(q).to(device)  # scales that only fp16 can hold
     more = file[parts.more].to(device, copy=True) if parts.more in file.entries else None
     return Packed(NVFP4(*(part.to(device, copy=True) for part in (q.qdata, e4m3, q.global_scale))), more)
 

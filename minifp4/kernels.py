@@ -15,6 +15,7 @@ that changes comes in tensors; every new shape is compiled again, unless `any_le
 code for any length is as good as its first length made it, unless its thread blocks are fixed.
 """
 
+import contextlib
 import importlib.util
 
 import torch
@@ -25,12 +26,18 @@ def usual(device):
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def reason(error):
-    """Why the compiler has failed, in one line, if `error` comes from it; else None."""
-    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return None
-    lines = str(error).splitlines()
-    return next((line for line in lines if line and not line.startswith("backend=")), type(error).__name__)
+@contextlib.contextmanager
+def failures_named():
+    """ValueError, one line, where the compiler fails; most often it finds no C or C++ compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        kind = type(error)
+        if not kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        lines = str(error).splitlines()
+        why = next((line for line in lines if line and not line.startswith("backend=")), kind.__name__)
+        raise ValueError(f"torch.compile failed: {why}; --no-compile does without it") from None
 
 
 def compiled(function, options=None, config=None):

@@ -103,9 +103,9 @@ def quantize(x, rounding="nearest", *, global_scale=None, generator=None):
 def dequantize(q, dtype=torch.float32):
     """The numbers that `q` stands for, [..., K], computed in fp32 and rounded once to `dtype`."""
     values = torch.empty(*q.qdata.shape[:-1], 2 * q.qdata.shape[-1], dtype=dtype, device=q.qdata.device)
-    matrix, codes, scales = as_matrix(values), as_matrix(q.qdata), as_matrix(raw(q.scale))
+    matrix, codes, scales = as_matrix(values), as_matrix(q.qdata), as_matrix(q.scale)
     for rows in row_chunks(matrix):
-        matrix[rows] = decode_rows(codes[rows], scales[rows], q.global_scale)
+        matrix[rows] = decode_rows(codes[rows], scales[rows].float(), q.global_scale)
     return values
 
 
@@ -132,7 +132,7 @@ def fake_quantize(x, global_scale, dtype=torch.float32):
     matrix, into = as_matrix(x.detach()), as_matrix(values)
     for rows in row_chunks(matrix):
         codes, scales = encode(halves(matrix[rows].float()), 1 / global_scale)
-        into[rows] = decode_rows(codes, scales, global_scale)
+        into[rows] = decode_rows(codes, e4m3(scales), global_scale)
     return values
 
 
@@ -311,11 +311,11 @@ def both_fp16(bits):
 
 
 def decode_rows(qdata, scale, global_scale):
-    """The same, interleaved: fp32 [..., K]."""
+    """The same, interleaved, fp32 [..., K], with scales as numbers."""
     code = joined(qdata & 0xF, qdata >> 4).to(torch.int16)
     values = fp16_bits(code & 7, code & 8).view(torch.float16)
     blocks = (values.float() * E2M1_UNIT).unflatten(-1, (-1, BLOCK))
-    return (blocks * (e4m3(scale) * global_scale).unsqueeze(-1)).flatten(-2)
+    return (blocks * (scale * global_scale).unsqueeze(-1)).flatten(-2)
 
 
 def scaled(x, scale, global_scale):

@@ -258,19 +258,19 @@ def _codes_of_values(x, global_scale):
     for top in (E2M1_MAX, 4.0, 3.0):
         tried = block_scale(amax * (E2M1_MAX / top), encode_scale)
         scale = tried if scale is None else torch.where(right, scale, tried)
-        codes, stored_scale = encode(halves(x), encode_scale, scale=scale)
-        values = decode_rows(codes, stored_scale, global_scale)
+        codes, byte = encode(halves(x), encode_scale, scale=scale)
+        values = decode_rows(codes, scale, global_scale)
         right = (values.unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
-    return codes, stored_scale, bool(right.all())
+    return codes, byte, bool(right.all())
 
 
 def refit_parts(scales, global_scales):
-    top = torch.stack([e4m3(scale).amax() for scale in scales]).amax()
+    numbers = [e4m3(scale) for scale in scales]
+    top = torch.stack([number.amax() for number in numbers]).amax()
     factor = torch.where(top > E4M3_MAX / 2, 2.0, 1.0)
-    for scale, global_scale in zip(scales, global_scales):
-        numbers = e4m3(scale)
-        _, halved, _ = nearest_e4m3(numbers / factor)
-        scale.copy_(e4m3_byte(torch.where(numbers.isnan(), E4M3_NAN, halved)))
+    for scale, number, global_scale in zip(scales, numbers, global_scales):
+        _, halved, _ = nearest_e4m3(number / factor)
+        scale.copy_(e4m3_byte(torch.where(number.isnan(), E4M3_NAN, halved)))
         global_scale.mul_(factor)
 
 

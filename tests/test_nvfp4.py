@@ -56,6 +56,13 @@ def test_every_code_times_every_scale():
         assert torch.equal(row.nan_to_num(7e7), expected.nan_to_num(7e7))
 
 
+def test_scales_in_fp16_are_read_too():
+    """Old .dat files have them, and E4M3 has not all of them."""
+    codes, third = torch.tensor([[0x10, 0x32, 0x54, 0x76] * 2]).byte(), torch.tensor([[1 / 3]]).half()
+    values = minifp4.dequantize(minifp4.NVFP4(codes, third, torch.tensor(1.0)))
+    assert torch.equal(values, torch.tensor([E2M1 * 2]) * third.float())
+
+
 def test_scales_are_rounded_as_torch_rounds_them():
     """Every E4M3 number, the middle between each two, and one fp32 step to either side of it."""
     numbers = torch.tensor([e4m3(byte) for byte in range(127)])

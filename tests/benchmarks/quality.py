@@ -81,7 +81,7 @@ def four_over_six(weight, global_scale, dtype):
     amax = nvfp4.block_amax(nvfp4.in_blocks(nvfp4.halves(x)))
     for top in (6.0, 4.0):
         scale = nvfp4.block_scale(amax * (6.0 / top), 1 / global_scale)
-        codes, scale = nvfp4.encode(nvfp4.halves(x), 1 / global_scale, scale=scale)
+        codes, _ = nvfp4.encode(nvfp4.halves(x), 1 / global_scale, scale=scale)
         tries.append(nvfp4.decode_rows(codes, scale, global_scale).unflatten(-1, (-1, 16)))
     errors = [(one - x.unflatten(-1, (-1, 16))).square().sum(-1, keepdim=True) for one in tries]
     return torch.where(errors[0] <= errors[1], *tries).flatten(-2).to(dtype)
