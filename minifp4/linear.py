@@ -86,7 +86,7 @@ class Linear(nn.Module):
 
     def value(self, dtype):
         """The weight as the product reads it, dense, in `dtype`."""
-        return weight_value(self.weight, self.global_scale(), dtype)
+        return weight_value(self.weight, self.global_scale(), dtype, quantized=self.quantized)
 
     def forward(self, x, gate=None):
         if self.decoded is not None:
@@ -95,8 +95,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of `weight` by number, in `dtype`. Quantized only where the matrix is the NVFP4 head's too
-    (tied).
+    """Rows of `weight` by number, in `dtype`. Dense ones are quantized only where the matrix is the NVFP4
+    head's too (tied).
 
     on_gradient: gets the gradient some rows at a time, as with `Linear`.
     """
@@ -106,15 +106,16 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, features))
         self.register_buffer("kept_scale", None, persistent=False)
         self.quantized, self.group, self.kernels, self.on_gradient = False, [self], EAGER, None
+        self.reads_codes = True  # of a packed weight
 
     global_scale = Linear.global_scale
 
     def value(self, dtype):
         """All rows as the look-up reads them, in `dtype`."""
-        return weight_value(self.weight, self.global_scale(), dtype)
+        return weight_value(self.weight, self.global_scale(), dtype, quantized=self.reads_codes)
 
     def forward(self, ids, dtype):
-        return _LookUp.apply(ids, self.weight, self.global_scale(), dtype, self.on_gradient)
+        return _LookUp.apply(ids, self.weight, self, dtype)
 
 
 def group_scale(layer):
@@ -128,9 +129,11 @@ def refit_global_scales(layers):
     Packed weights that have grown get a larger one; the one of dense weights is measured, once a step and
     not at every use.
     """
-    for group in {id(layer.group[0]): layer.group for layer in layers if layer.quantized}.values():
+    for group in {id(layer.group[0]): layer.group for layer in layers}.values():
         if all(isinstance(layer.weight, Packed) for layer in group):
             group[0].kernels.refit([layer.weight for layer in group])
+            continue
+        if not group[0].quantized:
             continue
         scale = group_scale(group[0])
         for layer in group:
@@ -145,12 +148,12 @@ def share_global_scale(*layers):
         layer.group = list(layers)
 
 
-def weight_value(weight, global_scale, dtype, rows=slice(None), kernels=None):
+def weight_value(weight, global_scale, dtype, rows=slice(None), kernels=None, quantized=True):
     """A weight, or some rows of it (a slice or row numbers), as the forward pass reads it: dense, in
-    `dtype`."""
+    `dtype`. If not `quantized`, a packed one too is read as it is stored."""
     kernels = kernels or EAGER
     if isinstance(weight, Packed):
-        return kernels.dequantize(weight.nvfp4(rows), dtype)
+        return kernels.dequantize(weight.nvfp4(rows), dtype) if quantized else weight.exact(rows).to(dtype)
     if global_scale is None:
         return weight.detach()[rows].to(dtype)
     return kernels.fake_quantize(weight.detach()[rows], global_scale, dtype)
@@ -166,8 +169,8 @@ class _MatrixProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate, weight, layer):
-        ctx.global_scale, ctx.kernels = layer.global_scale(), layer.kernels
-        w4 = weight_value(weight, ctx.global_scale, x.dtype, kernels=ctx.kernels)
+        ctx.global_scale, ctx.kernels, ctx.quantized = layer.global_scale(), layer.kernels, layer.quantized
+        w4 = weight_value(weight, ctx.global_scale, x.dtype, kernels=ctx.kernels, quantized=ctx.quantized)
         ctx.save_for_backward(x, gate, weight, w4 if layer.recomputed else None)
         if layer.unread:
             return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
@@ -180,7 +183,8 @@ class _MatrixProduct(torch.autograd.Function):
         dx = dgate = dweight = None
         if wants_x or wants_gate:
             if w4 is None:
-                w4 = weight_value(weight, ctx.global_scale, dy.dtype, kernels=ctx.kernels)
+                how = {"kernels": ctx.kernels, "quantized": ctx.quantized}
+                w4 = weight_value(weight, ctx.global_scale, dy.dtype, **how)
             dx = dy @ w4
         if gate is not None:
             if dx is None:
@@ -210,10 +214,11 @@ def _gated_backward(dx, x, gate):
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, global_scale, dtype, on_gradient):
+    def forward(ctx, ids, weight, layer, dtype):
         ctx.save_for_backward(ids, weight)
-        ctx.on_gradient = on_gradient
-        return weight_value(weight, global_scale, dtype, ids.flatten()).unflatten(0, ids.shape)
+        ctx.on_gradient = layer.on_gradient
+        rows, how = ids.flatten(), {"quantized": layer.reads_codes}
+        return weight_value(weight, layer.global_scale(), dtype, rows, **how).unflatten(0, ids.shape)
 
     @staticmethod
     def backward(ctx, dy):
@@ -221,14 +226,14 @@ class _LookUp(torch.autograd.Function):
         # `embedding_dense_backward` sums a word's rows in a fixed order, which index_add on a GPU does not.
         if ctx.on_gradient is None:
             dweight = torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)
-            return None, dweight, None, None, None
+            return None, dweight, None, None
         words, sums = _sums_by_word(ids.flatten(), dy.flatten(0, -2))
         for rows in word_slices(len(weight)):
             count = rows.stop - rows.start  # row `count` is for all other words, and dropped
             ours = torch.where((words >= rows.start) & (words < rows.stop), words - rows.start, count)
             dweight = sums.new_zeros(count + 1, sums.shape[1]).index_copy_(0, ours, sums)
             ctx.on_gradient(rows, dweight[:count])
-        return None, None, None, None, None
+        return None, None, None, None
 
 
 def _sums_by_word(ids, dy):

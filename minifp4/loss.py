@@ -40,7 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, head, kernels, training):
         wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
-        decode = partial(_decoded, weight, head.global_scale(), hidden.dtype, head.kernels)
+        decode = partial(_decoded, weight, head.global_scale(), hidden.dtype, head)
         pieces, slices = _pieces(hidden, len(weight)), word_slices(len(weight))
         whole = earlier = None
         if len(pieces) > 1:
@@ -93,10 +93,10 @@ def _pieces(hidden, vocabulary):
     return row_slices(len(hidden), math.ceil(len(hidden) / count) or 1) or [slice(0, 0)]
 
 
-def _decoded(weight, global_scale, dtype, kernels, slices):
+def _decoded(weight, global_scale, dtype, head, slices):
     """(slice of the vocabulary, that part of the weight) for all `slices`."""
     for words in slices:
-        yield words, weight_value(weight, global_scale, dtype, words, kernels)
+        yield words, weight_value(weight, global_scale, dtype, words, head.kernels, head.quantized)
 
 
 def _log_sums(logits, targets, kernels):

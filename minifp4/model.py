@@ -256,6 +256,7 @@ class Qwen3(nn.Module):
         for layer in self.linears():
             layer.quantized = quantize
         self.model.embed_tokens.quantized = quantize and config.tie_word_embeddings
+        self.model.embed_tokens.reads_codes = quantize
         self.kernels = loss.EAGER
 
     def linears(self):

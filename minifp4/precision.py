@@ -64,7 +64,7 @@ from .nvfp4 import (
 from .packed import Packed
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = (*FLOATS, "int8", "nvfp4")  # of moments
+KINDS = ("fp32", "bf16", "int8", "nvfp4")  # of moments; in fp16 a sqrt(v) of 1e-8 would become 0
 MASTERS = (*FLOATS, "nvfp4x2", "nvfp4")  # of weights
 HALF = 0x3F000000  # the bits of .5 in fp32
 SHIFT = 40  # bits below the point of a fraction in int64
@@ -77,10 +77,10 @@ def master(weight):
 
 def zeros(kind, shape, device, positive=False):
     """Storage of one of `KINDS` for a matrix of `shape` (rows, K), all zero."""
+    if kind not in KINDS:
+        raise ValueError(f"moments are stored as one of {', '.join(KINDS)}, got {kind!r}")
     if kind in FLOATS:
         return Float(torch.zeros(shape, dtype=FLOATS[kind], device=device))
-    if kind not in KINDS:
-        raise ValueError(f"a precision is one of {', '.join(KINDS)}, got {kind!r}")
     return Blocks(kind, shape, device, positive)
 
 

@@ -268,6 +268,7 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         (["train.py", "--beta2", "1"], "--beta2 must be at least 0.0 and below 1.0, got 1.0"),
         (["train.py", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["train.py", "--optimizer-state", "fp4"], "--optimizer-state: invalid choice: 'fp4'"),
+        (["train.py", "--optimizer-state", "fp16"], "--optimizer-state: invalid choice: 'fp16'"),
         (["train.py", "--model", "nowhere"], "nowhere does not exist"),
         (["train.py", "--train-data", "nothing.tsv"], "nothing.tsv"),
         (["train.py", "--train-data", "bad.tsv"], "bad.tsv, line 2: expected prompt<TAB>target"),

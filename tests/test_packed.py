@@ -202,6 +202,38 @@ def test_one_gradient_for_the_two_uses_of_a_tied_weight():
     assert type(gradients[1]) is torch.Tensor and torch.allclose(*gradients, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_without_quantizing_packed_weights_are_read_as_they_are_stored(tied):
+    """All 16 places of a code in nvfp4x2, where a quantized model reads the nearest code."""
+    ids, logits = torch.arange(12).view(2, 6), {}
+    for quantize in (True, False):
+        model = small_model(quantize=quantize, tie_word_embeddings=tied)
+        plain = small_model(quantize=False, tie_word_embeddings=tied)
+        checkpoint.set_masters(model, "nvfp4x2")
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                packed_p = model.get_parameter(name)
+                p.copy_(packed_p.decode() if quantize and p.dim() == 2 else packed.dense(packed_p))
+        logits[quantize] = model(ids)
+        assert torch.equal(logits[quantize], plain(ids))
+        model.loss(ids, ids).backward()
+        plain.loss(ids, ids).backward()
+        for name, p in plain.named_parameters():
+            assert torch.allclose(model.get_parameter(name).grad, p.grad, atol=1e-6), name
+    assert not torch.equal(logits[True], logits[False])
+
+
+def test_packed_weights_find_room_to_grow_in_an_unquantized_model():
+    model = small_model(quantize=False)
+    checkpoint.set_masters(model, "nvfp4")
+    weight = model.lm_head.weight
+    before = weight.exact() * 3
+    weight.store(slice(None), before)
+    top, stored = weight.scale.float().max(), weight.exact()
+    model.refit()
+    assert top > 224 >= weight.scale.float().max() and torch.equal(weight.exact(), stored)
+
+
 @pytest.mark.parametrize("finer", [False, True], ids=["nvfp4", "nvfp4x2"])
 def test_a_packed_weight_behaves_like_a_parameter(finer):
     layer = Linear(128, 64)
