@@ -19,30 +19,27 @@ from pathlib import Path
 import torch
 
 import minifp4
-from minifp4 import checkpoint, dat, formats
-from minifp4.cli import check, option, run
-from minifp4.files import replacing
+from minifp4.cli import check, groups, run
+from minifp4.files import checkpoint, dat, layouts
+from minifp4.files.atomic import replacing
 from minifp4.nvfp4 import dequantize
 
 FORMATS = ("hf", "modelopt", "mlx", "dat")
 
 
+what, output = groups("what", "output")
+
+
 @dataclass
 class Settings:
-    checkpoint: str = option(
-        "out", "what", "a checkpoint, or a directory of some: then the newest", metavar="DIR"
-    )
-    format: list = option(None, "what", "repeatable; default: hf and dat", choices=FORMATS)
-    dequantize: bool = option(False, "what", "hf without NVFP4: the same values in bf16, for any program")
-    quantize_head: bool = option(False, "what", "the head in NVFP4 too (hf, modelopt; not if it is tied)")
-    input_dat: str = option(None, "what", "dat: rewrite the trained entries of this file", metavar="FILE")
-    out: str = option(
-        None, "output", "where to write; default: the directory of the checkpoints", metavar="DIR"
-    )
-    shard_gb: float = option(5.0, "output", "largest file of a directory, in 10**9 bytes", least=1e-6)
-    verify: bool = option(
-        True, "output", "read all that was written again and compare it with the checkpoint"
-    )
+    checkpoint: str = what("out", "a checkpoint, or a directory of some: then the newest", "DIR")
+    format: list = what(None, "repeatable; default: hf and dat", choices=FORMATS)
+    dequantize: bool = what(False, "hf without NVFP4: the same values in bf16, for any program")
+    quantize_head: bool = what(False, "the head in NVFP4 too (hf, modelopt; not if it is tied)")
+    input_dat: str = what(None, "dat: rewrite the trained entries of this file", "FILE")
+    out: str = output(None, "where to write; default: the directory of the checkpoints", "DIR")
+    shard_gb: float = output(5.0, "largest file of a directory, in 10**9 bytes", least=1e-6)
+    verify: bool = output(True, "read all that was written again and compare it with the checkpoint")
 
 
 def main(settings):
@@ -83,16 +80,16 @@ def find_checkpoint(path):
 def export_directory(model, tokenizer, layout, path, settings):
     """Write the directory `path`; returns it."""
     head = settings.quantize_head and layout != "mlx"
-    tensors, keys = formats.tensors_of(model, layout, head), formats.config_keys(layout, head)
+    tensors, keys = layouts.tensors_of(model, layout, head), layouts.config_keys(layout, head)
     with replacing(path) as aside:
         aside.mkdir()
         checkpoint.write_model(aside, model.config, tokenizer, tensors, keys, int(settings.shard_gb * 1e9))
         if layout == "modelopt":
-            checkpoint.write_json(aside / "hf_quant_config.json", formats.modelopt_keys(head))
+            checkpoint.write_json(aside / "hf_quant_config.json", layouts.modelopt_keys(head))
     if settings.verify:
         for file in checkpoint.open_weights(path):
             verify(file, model, layout)
-    report(layout, path, formats.count(tensors), settings.verify)
+    report(layout, path, layouts.count(tensors), settings.verify)
     return path
 
 
@@ -109,11 +106,11 @@ def export_dat(model, source, path, input_dat, verified):
 def verify(file, model, layout):
     """Compare every parameter in `file`, decoded, with the checkpoint's after a way through `layout`: all
     bits."""
-    packed = formats.find_packed(file.entries)
+    packed = layouts.find_packed(file.entries)
     parts = {part for one in packed.values() for part in one[:3]}
     for name in [*packed, *(file.entries.keys() - parts)]:
-        value = dequantize(formats.read_nvfp4(file, packed[name])) if name in packed else file[name]
-        if not torch.equal(value, formats.expected_value(model, name, layout).to(value.dtype)):
+        value = dequantize(layouts.read_nvfp4(file, packed[name])) if name in packed else file[name]
+        if not torch.equal(value, layouts.expected_value(model, name, layout).to(value.dtype)):
             raise ValueError(f"{file.path}: {name!r} differs from the checkpoint; the file must not be used")
 
 

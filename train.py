@@ -18,157 +18,75 @@ from pathlib import Path
 import torch
 
 import minifp4
-from minifp4 import chat, checkpoint
-from minifp4.cli import check, choose_device, given, option, run, spellings
-from minifp4.files import only_user, remove, replacing
-from minifp4.kernels import failures_named, usual
+from minifp4 import chat, fresh, masters
+from minifp4.cli import (
+    check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings
+)  # fmt: skip
+from minifp4.files import checkpoint
+from minifp4.files.atomic import only_user, remove, replacing
 from minifp4.memory import GIB, Memory
 from minifp4.packed import bytes_of
-from minifp4.precision import FLOATS, KINDS, MASTERS
 from minifp4.step import Step
+from minifp4.storage import FLOATS, KINDS, MASTERS
 
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
+what, which, how, kept, cost, output = groups(
+    "what", "which weights", "how", "precision", "memory and speed", "output"
+)
 
 
 @dataclass
 class Settings:
-    model: str = option(
-        None,
-        "what",
-        "directory of a Qwen3; default: the bundled one, or that of --input-dat",
-        metavar="DIR",
-    )
-    input_dat: str = option(
-        None, "what", "take the weights from this TorchSharp .dat, the rest from --model", metavar="FILE"
-    )
-    init_random: bool = option(
-        False,
-        "what",
-        "start from random weights: DIR needs only a config.json, and its "
-        "tokenizer.json is made from the data if it has none",
-    )
-    train_data: str = option(
-        str(BUNDLED_DATA), "what", 'TSV (prompt<TAB>target) or JSONL ({"messages": [...]})', metavar="FILE"
-    )
-    sample_mode: str = option(
-        "random", "what", "order of the conversations", choices=("random", "sequential")
-    )
-    seq_len: int = option(256, "what", "tokens of a conversation at most; longer answers are cut", least=2)
-    seed: int = option(0, "what", "of the sampling and the stochastic rounding", least=0)
+    model: str = what(None, "directory of a Qwen3; default: the bundled, or that of --input-dat", "DIR")
+    input_dat: str = what(None, "take the weights from this TorchSharp .dat, the rest from --model", "FILE")
+    init_random: bool = what(False, "start from random weights; the tokenizer may come from the data")
+    train_data: str = what(str(BUNDLED_DATA), "TSV: prompt<TAB>target; or JSONL with messages", "FILE")
+    sample_mode: str = what("random", "order of the conversations", choices=("random", "sequential"))
+    seq_len: int = what(256, "tokens of a conversation at most; longer answers are cut", least=2)
+    seed: int = what(0, "of the sampling and the stochastic rounding", least=0)
 
-    train_lm_head: bool = option(False, "which weights", "train the head too")
-    train_embed: bool = option(False, "which weights", "train the embedding too")
-    train_last_layers: int = option(
-        0, "which weights", "train only the last N layers; 0: all, and the final norm", metavar="N", least=0
-    )
-    untie: bool = option(False, "which weights", "give a tied head a tensor of its own")
+    train_lm_head: bool = which(False, "train the head too")
+    train_embed: bool = which(False, "train the embedding too")
+    train_last_layers: int = which(0, "only the last N layers; 0: all, and the final norm", "N", least=0)
+    untie: bool = which(False, "give a tied head a tensor of its own")
 
-    steps: int = option(6, "how", "optimizer steps", least=1)
-    batch_size: int = option(16, "how", "conversations in one forward pass", least=1)
-    grad_accum: int = option(1, "how", "forward and backward passes in one step", least=1)
-    lr: float = option(
-        None, "how", "learning rate; default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0
-    )
-    warmup: int = option(0, "how", "steps over which the learning rate rises to --lr", least=0)
-    schedule: str = option(
-        "constant", "how", "of the learning rate after the warm-up", choices=("constant", "cosine")
-    )
-    weight_decay: float = option(0.01, "how", "decoupled; norms have none", least=0.0)
-    beta1: float = option(0.9, "how", "memory of the mean gradient", least=0.0, below=1.0)
-    beta2: float = option(0.95, "how", "memory of the mean square", least=0.0, below=1.0)
-    grad_clip: float = option(
-        None,
-        "how",
-        "largest norm of the whole gradient; 0: any; default: 1, with --step-in-backward 0",
-        least=0.0,
-    )
-    loss: str = option(
-        "ce",
-        "how",
-        "ce: cross entropy; scalar: |hidden - embedding|, to debug with",
-        choices=("ce", "scalar"),
-    )
+    steps: int = how(6, "optimizer steps", least=1)
+    batch_size: int = how(16, "conversations in one forward pass", least=1)
+    grad_accum: int = how(1, "forward and backward passes in one step", least=1)
+    lr: float = how(None, "learning rate; default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0)
+    warmup: int = how(0, "steps over which the learning rate rises to --lr", least=0)
+    schedule: str = how("constant", "of the rate after the warm-up", choices=("constant", "cosine"))
+    weight_decay: float = how(0.01, "decoupled; norms have none", least=0.0)
+    beta1: float = how(0.9, "memory of the mean gradient", least=0.0, below=1.0)
+    beta2: float = how(0.95, "memory of the mean square", least=0.0, below=1.0)
+    grad_clip: float = how(None, "largest norm of the gradient; 0, and in the backward pass: any", least=0.0)
+    loss: str = how("ce", "cross entropy, or |hidden - embedding| to debug with", choices=("ce", "scalar"))
 
-    master_dtype: str = option("nvfp4x2", "precision", "in which the weights are stored", choices=MASTERS)
-    finer_ends: bool = option(
-        False, "precision", "with nvfp4 masters: head, embedding and last layer as nvfp4x2"
-    )
-    optimizer_state: str = option("nvfp4", "precision", "in which AdamW's moments are stored", choices=KINDS)
-    compute_dtype: str = option(
-        None,
-        "precision",
-        "of activations and gradients; default: bf16 on GPUs that have it, else fp32",
-        choices=tuple(FLOATS),
-    )
-    rounding: str = option(
-        "stochastic",
-        "precision",
-        "of what is stored; nearest does not learn",
-        choices=("stochastic", "nearest"),
-    )
-    quantize: bool = option(True, "precision", "read the weights through NVFP4")
+    master_dtype: str = kept("nvfp4x2", "in which the weights are stored", choices=MASTERS)
+    finer_ends: bool = kept(False, "with nvfp4 masters: head, embedding and last layer as nvfp4x2")
+    optimizer_state: str = kept("nvfp4", "in which AdamW's moments are stored", choices=tuple(KINDS))
+    compute_dtype: str = kept(None, "default: bf16 on GPUs that have it", choices=tuple(FLOATS))
+    rounding: str = kept("stochastic", "nearest does not learn", choices=("stochastic", "nearest"))
+    quantize: bool = kept(True, "read the weights through NVFP4; else as they are stored")
 
-    step_chunk_rows: int = option(
-        0,
-        "memory and speed",
-        "rows that the optimizer updates at once; 0: as fast as possible; any choice gives the same weights",
-        metavar="N",
-        least=0,
-    )
-    step_in_backward: bool = option(
-        False,
-        "memory and speed",
-        "update each weight as soon as its gradient is there, and drop that; no --grad-clip, no --grad-accum",
-    )
-    activation_checkpointing: bool = option(
-        False, "memory and speed", "keep one activation a layer, compute the others again"
-    )
-    keep_activations: int = option(
-        0,
-        "memory and speed",
-        "with --activation-checkpointing: keep all activations of the last N layers, if there is memory left",
-        metavar="N",
-        least=0,
-    )
-    compile: bool = option(
-        None, "memory and speed", "let torch.compile join small operations; default: on CUDA, with Triton"
-    )
-    cuda_graph: bool = option(
-        None, "memory and speed", "record the steps of small batches and replay them; default: on CUDA"
-    )
-    memory_limit_gb: float = option(
-        None, "memory and speed", "end with a message instead of using more (GiB)", metavar="N", least=0.1
-    )
-    memory_report: str = option(
-        None, "memory and speed", "write memory by phase and role to this JSON, and print it", metavar="FILE"
-    )
-    device: str = option(None, "memory and speed", "cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    step_chunk_rows: int = cost(0, "rows updated at once, with the same result; 0: the fastest", "N", least=0)
+    step_in_backward: bool = cost(False, "update each weight when its gradient is there, drop that")
+    activation_checkpointing: bool = cost(False, "keep one activation a layer, compute the others again")
+    keep_activations: int = cost(0, "with the flag above: keep all of the last N layers'", "N", least=0)
+    compile: bool = cost(None, "join small operations (torch.compile); default: on CUDA, with Triton")
+    cuda_graph: bool = cost(None, "record the steps of small batches and replay them; default: on CUDA")
+    memory_limit_gb: float = cost(None, "end with a message instead of using more (GiB)", "N", least=0.1)
+    memory_report: str = cost(None, "write memory by phase and role to this JSON, and print it", "FILE")
+    device: str = cost(None, "cpu, cuda, cuda:1, ...; default: cuda if there is one")
 
-    out: str = option("out", "output", "directory of the checkpoint and metrics.jsonl", metavar="DIR")
-    output_dat: str = option(
-        None, "output", "also write a .dat: --input-dat with the trained entries replaced", metavar="FILE"
-    )
-    save_every: int = option(
-        0, "output", "steps between checkpoints; 0: only at the end", metavar="N", least=0
-    )
-    keep: int = option(2, "output", "checkpoints of this run to keep", metavar="N", least=1)
-    resume: str = option(
-        None,
-        "output",
-        "go on from the newest checkpoint in --out, or from this one, with its settings",
-        metavar="DIR",
-        nargs="?",
-        const="",
-    )
-    log_every: int = option(1, "output", "steps between lines", metavar="N", least=1)
-    test_prompt: list = option(
-        None,
-        "output",
-        "asked before and after (repeatable); default: two for the bundled "
-        "data, else the first of --train-data",
-        metavar="TEXT",
-    )
-    test_max_tokens: int = option(48, "output", "tokens of an answer at most", metavar="N", least=1)
+    out: str = output("out", "directory of the checkpoint and metrics.jsonl", "DIR")
+    output_dat: str = output(None, "also write a .dat: --input-dat with the trained entries replaced", "FILE")
+    save_every: int = output(0, "steps between checkpoints; 0: only at the end", "N", least=0)
+    keep: int = output(2, "checkpoints of this run to keep", "N", least=1)
+    resume: str = output(None, "go on from the newest in --out, or from DIR", "DIR", nargs="?", const="")
+    log_every: int = output(1, "steps between lines", "N", least=1)
+    test_prompt: list = output(None, "asked before and after (repeatable); default: from the data", "TEXT")
+    test_max_tokens: int = output(48, "tokens of an answer at most", "N", least=1)
 
 
 # What may differ when a run goes on: nothing here changes what is computed.
@@ -185,6 +103,7 @@ def main(settings):
     settings, source = find_start(settings)
     device = choose_device(settings.device)
     check_together(settings, device)
+    asked, settings = settings, replace_unset(settings, device)
     memory = Memory(device, settings.memory_limit_gb)
     with memory.phase("load"):
         model, tokenizer = prepare_model(settings, source, device)
@@ -194,7 +113,7 @@ def main(settings):
         start = checkpoint.read_moments(source, optimizer)["step"] if source else 0
         step = make_step(model, optimizer, settings, memory)
     describe(settings, model, counts, optimizer, examples, cut)
-    record = {"trained": list(optimizer.parameters), "settings": asdict(settings), "data": digest(settings)}
+    record = {"trained": list(optimizer.parameters), "settings": asdict(asked), "data": digest(settings)}
     written = {}
 
     def save(number):
@@ -206,7 +125,7 @@ def main(settings):
         for old in sorted(written)[: -settings.keep]:
             remove(written.pop(old))
 
-    with only_user(Path(settings.out)), failures_named():
+    with only_user(Path(settings.out)), compiler_failures_named():
         prompts = test_prompts(settings)
         with memory.phase("answer"):
             answers = ask("before", model, tokenizer, prompts, settings)
@@ -270,10 +189,17 @@ def check_together(settings, device):
             f"--keep-activations {settings.keep_activations} is for --activation-checkpointing: without it "
             "all layers keep theirs"
         )
-    if settings.compile and device.type == "cuda" and not usual(device):
+    if settings.compile and device.type == "cuda" and not compiles(device):
         raise ValueError("--compile: on a GPU torch.compile needs the package triton, which is not installed")
     if settings.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: the device is {device}, and only CUDA has graphs")
+
+
+def replace_unset(settings, device):
+    """Compile and record where that is usual on this device, if nobody has said."""
+    compile = compiles(device) if settings.compile is None else settings.compile
+    graph = device.type == "cuda" if settings.cuda_graph is None else settings.cuda_graph
+    return replace(settings, compile=compile, cuda_graph=graph)
 
 
 def digest(settings):
@@ -290,17 +216,17 @@ def prepare_model(settings, source, device):
             directory = Path(settings.out)
             conversations = chat.read_conversations(settings.train_data)
             texts = [message["content"] for _, messages in conversations for message in messages]
-            chat.train_tokenizer(texts, config.vocab_size, directory)
+            fresh.train_tokenizer(texts, config.vocab_size, directory)
         tokenizer = chat.Tokenizer(directory / "tokenizer.json")
         config.source |= {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end_of_text}
-        model = checkpoint.initialize(config, settings.seed, **how)
+        model = fresh.initialize(config, settings.seed, **how)
     else:
         input_dat = None if source else settings.input_dat
         if not source:
             how["device"] = "cpu"  # `set_masters` brings it to the device, packed
         model, tokenizer = checkpoint.load(directory, input_dat=input_dat, **how)
     dtype = settings.compute_dtype and FLOATS[settings.compute_dtype]
-    model.set_compute_dtype(dtype or checkpoint.default_compute_dtype(device))
+    model.set_compute_dtype(dtype or masters.default_compute_dtype(device))
     model.model.activation_checkpointing = settings.activation_checkpointing
     model.model.keep_activations = settings.keep_activations
     return model, tokenizer
@@ -315,14 +241,14 @@ def choose_weights(model, settings, source, device):
         model.untie()
     elif tied and (settings.train_lm_head or settings.train_embed):
         print("note    the head and the embedding are one tensor here, and it trains; --untie would split it")
-    counts = checkpoint.choose_trained(
+    counts = masters.choose_trained(
         model,
         lm_head=settings.train_lm_head,
         embed=settings.train_embed,
         last_layers=settings.train_last_layers,
     )
     if not source:
-        checkpoint.set_masters(model, settings.master_dtype, device, settings.finer_ends)
+        masters.set_masters(model, settings.master_dtype, device, settings.finer_ends)
     return counts
 
 
@@ -336,20 +262,25 @@ def make_optimizer(model, settings):
         rounding=settings.rounding,
         chunk_rows=settings.step_chunk_rows,
         seed=settings.seed,
-        compile=settings.compile,
     )
 
 
 def make_step(model, optimizer, settings, memory):
-    """The `Step` of this run, and what makes it fast on this device."""
-    on_cuda, clip = model.device.type == "cuda", settings.grad_clip
-    if optimizer.compiled:
-        model.compile_parts()
-    return Step(
+    """The `Step` of this run, fused and recorded if that is asked for."""
+    clip = settings.grad_clip
+    if settings.compile:
+        from minifp4.fused import fuse
+
+        fuse(model, optimizer)
+    step = Step(
         model, optimizer, kind=settings.loss, in_backward=settings.step_in_backward, memory=memory,
         grad_clip=(0.0 if settings.step_in_backward else 1.0) if clip is None else clip,
-        graph=on_cuda if settings.cuda_graph is None else settings.cuda_graph,
     )  # fmt: skip
+    if settings.cuda_graph:
+        from minifp4.fused import record
+
+        record(step)
+    return step
 
 
 def learning_rate(settings, step=None):
@@ -373,10 +304,8 @@ def train(step, tokenizer, examples, settings, start, save, memory):
     tokens, since, optimizer = 0, time.perf_counter(), step.optimizer
     metrics = Path(settings.out) / "metrics.jsonl"
     keep_metrics(metrics, start)
-    if optimizer.compiled:
-        print(
-            "note    the first step compiles, which may take a minute; --no-compile does without", flush=True
-        )
+    if settings.compile:
+        print("note    the first step compiles, a minute or so; --no-compile does without", flush=True)
     for number in range(start, settings.steps):
         batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
         optimizer.lr = learning_rate(settings, number)
@@ -409,7 +338,7 @@ def make_batches(examples, number, settings, pad, step):
     """The --grad-accum batches of a step: [(ids, labels)]."""
     parts = range(number * settings.grad_accum, (number + 1) * settings.grad_accum)
     how = {"batch_size": settings.batch_size, "seed": settings.seed, "mode": settings.sample_mode}
-    multiple = 64 if step.graph else 1  # few lengths, so that few graphs are recorded
+    multiple = 64 if settings.cuda_graph else 1  # few lengths, so that few graphs are recorded
     return [
         chat.collate(chat.sample(examples, part, **how), pad, step.model.device, multiple) for part in parts
     ]

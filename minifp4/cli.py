@@ -2,10 +2,13 @@
 names."""
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import math
 import sys
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,10 +16,15 @@ import torch
 OWN = ("group", "least", "below", "positional")  # metadata that is not argparse's
 
 
-def option(default, group, text, **more):
-    """A field that is also a flag. `more`: argparse's choices and metavar; `least` and `below` limit a
-    number."""
+def option(group, default, text, metavar=None, **more):
+    """A field that is also a flag. `more`: argparse's choices, nargs; `least` and `below` limit a number."""
+    more |= {"metavar": metavar} if metavar else {}
     return field(default=default, metadata={"group": group, "help": text, **more})
+
+
+def groups(*names):
+    """For each group of flags a function that makes its options: `option` without its first argument."""
+    return [partial(option, name) for name in names]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -92,6 +100,25 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used ({reason}); --device cpu always can") from None
+
+
+def compiles(device):
+    """Whether to compile when nobody has said: on CUDA, if there is Triton (Windows has none)."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def compiler_failures_named():
+    """ValueError, one line, where the compiler fails; most often it finds no C or C++ compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        kind = type(error)
+        if not kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        lines = str(error).splitlines()
+        why = next((line for line in lines if line and not line.startswith("backend=")), kind.__name__)
+        raise ValueError(f"torch.compile failed: {why}; --no-compile does without it") from None
 
 
 def run(main, kind, text):

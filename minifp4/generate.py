@@ -1,111 +1,91 @@
-"""Ask a model.
+"""Text out of a model: one token at a time, each fed back, with the keys and values of all before it kept.
 
-    python -m minifp4.generate 你是誰 談談UFO                      each prompt by itself, the bundled model
-    python -m minifp4.generate --model out                        a conversation with what train.py wrote last
-    python -m minifp4.generate --model DIR --temperature 0.7 --top-p 0.8 --top-k 20 "Tell me about tea"
-
-In a conversation, /new forgets what was said and an empty line or end of file ends it.
+`python -m minifp4` is the program that talks.
 """
 
+import contextlib
 import sys
-import time
-import types
-from dataclasses import dataclass
 
 import torch
 
-from .checkpoint import BASE, load
-from .cli import check, choose_device, option, run
-from .precision import FLOATS
-from .sampling import check_sampling, generate, stream
+from .model import KVCache
+
+DECODED_LIMIT = 2**31  # bytes of dense weights that `decoded` is willing to keep
 
 
-@dataclass
-class Settings:
-    prompt: list = option(None, "what", "questions; none: a conversation", positional=True)
-    model: str = option(str(BASE), "what", "model directory, .dat file, or a directory of checkpoints (out)")
-    system: str = option(None, "what", "a system message", metavar="TEXT")
-    max_new_tokens: int = option(256, "how", "tokens of an answer at most", metavar="N", least=1)
-    temperature: float = option(0.0, "how", "0: always the likeliest token", least=0.0)
-    top_k: int = option(0, "how", "draw among the K likeliest tokens; 0: all", metavar="K", least=0)
-    top_p: float = option(
-        1.0, "how", "draw among the likeliest whose probabilities add up to this", least=0.0
-    )
-    seed: int = option(None, "how", "makes the draws repeatable")
-    quantize: bool = option(True, "how", "read the weights through NVFP4")
-    compute_dtype: str = option(None, "how", "default: bf16 on CUDA, else fp32", choices=tuple(FLOATS))
-    device: str = option(None, "how", "default: cuda if there is one")
-
-
-def main(settings):
-    """Answer the prompts, or talk; returns the answers."""
-    check(settings)
-    check_sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
-    device = choose_device(settings.device)
-    dtype = FLOATS.get(settings.compute_dtype)
-    model, tokenizer = load(settings.model, quantize=settings.quantize, device=device, compute_dtype=dtype)
-    generator = torch.Generator(device)
-    generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
-    start = [{"role": "system", "content": settings.system}] if settings.system else []
-
-    def answer(messages):
-        return show(model, tokenizer, messages, settings, generator)
-
-    with model.decoded():
-        if settings.prompt:
-            return [answer([*start, {"role": "user", "content": prompt}]) for prompt in settings.prompt]
-        return converse(answer, start)
-
-
-def converse(answer, start):
-    """Read questions from the terminal; each answer knows what was said before."""
-    messages, answers = list(start), []
-    while question := _read():
-        if question == "/new":
-            messages = list(start)
-            continue
-        messages.append({"role": "user", "content": question})
-        answers.append(answer(messages))
-        messages.append({"role": "assistant", "content": answers[-1]})
-    return answers
-
-
-def _read():
+@contextlib.contextmanager
+def decoded(model):
+    """Decode the weights of `model` once, for many forward passes without training, if they are small."""
+    layers = model.linears()
+    small = sum(layer.weight.numel() for layer in layers) * 4 <= DECODED_LIMIT
+    if layers[-1].decoded is not None or not small:  # inside another `decoded`, or not worth it
+        yield
+        return
+    for layer in layers:
+        layer.decoded = layer.value(model.model.compute_dtype)
     try:
-        return input("> ")
-    except EOFError:
-        return ""
+        yield
+    finally:
+        for layer in layers:
+            layer.decoded = None
 
 
-def show(model, tokenizer, messages, settings, generator):
-    """Print the answer as it comes, its speed to stderr; returns it."""
-    ids, shown, begin = [], "", time.perf_counter()
-    how = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    prompt = tokenizer.prompt(messages)
-    for token in stream(
-        model, prompt, settings.max_new_tokens, tokenizer.stop_ids, generator=generator, **how
-    ):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character may take several tokens
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    text = tokenizer.decode(ids)
-    print(text[len(shown) :])
-    seconds = time.perf_counter() - begin
-    print(f"[{len(prompt)} + {len(ids)} tokens, {len(ids) / seconds:.1f} tokens/s]", file=sys.stderr)
-    return text
+def choose(logits, *, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """The next token's number from its logits [V].
+
+    temperature 0: the likeliest (greedy). Otherwise a draw from softmax(logits / temperature) among the
+    `top_k` likeliest (0: all) and, of these, the fewest whose probabilities add up to `top_p`.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, order = (logits.float() / temperature).sort(descending=True, stable=True)
+    if top_k:
+        logits, order = logits[:top_k], order[:top_k]
+    probability = logits.softmax(-1)
+    before = probability.cumsum(-1) - probability  # of all that are likelier; 0 for the first, which stays
+    probability = torch.where(before < top_p, probability, 0.0)
+    return int(order[torch.multinomial(probability, 1, generator=generator)])
 
 
-class _CallableModule(types.ModuleType):
-    """Importing this module hides the function `minifp4.generate` behind it: let it be called all the
-    same."""
+@torch.no_grad()
+def stream(model, ids, max_new_tokens, stop_ids=(), **sampling):
+    """Yield up to `max_new_tokens` token numbers that follow `ids`; ends before one of `stop_ids`."""
+    capacity = len(ids) + max_new_tokens
+    cache = KVCache(model.config, 1, capacity, model.device, model.model.compute_dtype)
+    with decoded(model):
+        for _ in range(max_new_tokens):
+            hidden = model.model(torch.tensor([ids], device=model.device), cache)
+            token = choose(model.lm_head(hidden[:, -1:])[0, -1], **sampling)
+            if token in stop_ids:
+                return
+            yield token
+            ids = [token]
 
-    def __call__(self, *args, **how):
-        return generate(*args, **how)
+
+def generate(model, tokenizer, prompt, *, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=None):
+    """The assistant's answer to `prompt`: a user's text, or a list of {"role", "content"} messages.
+
+    Greedy unless `temperature` is above 0; `seed` then makes the draws repeatable. Raises ValueError for an
+    empty prompt and for sampling settings out of range.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    generator = torch.Generator(model.device).manual_seed(seed) if seed is not None else None
+    ids = stream(
+        model, tokenizer.prompt(prompt), max_new_tokens, tokenizer.stop_ids,
+        temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+    )  # fmt: skip
+    return tokenizer.decode(ids)
 
 
-sys.modules[__name__].__class__ = _CallableModule
+def check_sampling(max_new_tokens, temperature, top_k, top_p):
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"sampling needs max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
+            f"got {max_new_tokens}, {temperature}, {top_k}, {top_p}"
+        )
+
 
 if __name__ == "__main__":
-    run(main, Settings, __doc__)
+    sys.exit("error: the conversation has moved: python -m minifp4")

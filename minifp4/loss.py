@@ -11,41 +11,53 @@ gradient whole; one of several holds both, but its activations are larger.
 """
 
 import math
-from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 
-from .linear import weight_value, word_slices
+from .linear import word_slices
 from .nvfp4 import row_slices
 
 IGNORE = -100  # the label of a token that is not learned, as in torch's cross_entropy
 LOGITS = 640 * 2**20  # bytes of logits that may exist at once: of 2,208 tokens of Qwen3 in bf16
 
 
-class Kernels(NamedTuple):
-    """What this module does in many small operations; `compiled_kernels` makes one or two of each."""
+def log_sum(logits, targets):
+    """(logsumexp [N], the target's logit [N], 0 where it is not among the words of `logits` [N, words])."""
+    here = (targets >= 0) & (targets < logits.shape[1])
+    target = logits.gather(1, torch.where(here, targets, 0).unsqueeze(1)).squeeze(1)
+    return logits.float().logsumexp(-1), torch.where(here, target.float(), 0.0)
 
-    log_sum: Callable  # `_log_sum`
-    dlogits: Callable  # `_dlogits`
+
+def become_gradient(logits, targets, total, share):
+    """In the place of `logits` [N, words] their gradient, (probability - 1 at the target) * share."""
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
+    probability = (logits.float() - total.unsqueeze(-1)).exp()
+    logits.copy_((probability - is_target.float()) * share.unsqueeze(-1))
 
 
-def cross_entropy(hidden, head, targets, kernels=None):
+class Elementwise(NamedTuple):
+    """What is done with logits, beside products; `fused/` has kernels of these two."""
+
+    log_sum: Callable = log_sum
+    become_gradient: Callable = become_gradient
+
+
+def cross_entropy(hidden, head, targets, elementwise=Elementwise()):  # noqa: B008
     """Mean cross entropy of `hidden` [N, D] through the layer `head` (a `Linear`) against `targets` [N],
     fp32 []; those that are IGNORE do not count."""
-    return _CrossEntropy.apply(hidden, head.weight, targets, head, kernels or EAGER, torch.is_grad_enabled())
+    return _CrossEntropy.apply(hidden, head.weight, targets, head, elementwise, torch.is_grad_enabled())
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, head, kernels, training):
+    def forward(ctx, hidden, weight, targets, head, elementwise, training):
         wants_hidden, wants_weight = (training and wanted for wanted in ctx.needs_input_grad[:2])
-        decode = partial(_decoded, weight, head.global_scale(), hidden.dtype, head)
-        pieces, slices = _pieces(hidden, len(weight)), word_slices(len(weight))
-        whole = earlier = None
+        pieces, read = _pieces(hidden, len(weight)), _Reader(head, hidden.dtype)
+        earlier = None  # the head's gradient from all pieces but the last
         if len(pieces) > 1:
-            whole = list(decode([slice(0, len(weight))]))
-            earlier = hidden.new_empty(weight.shape) if wants_weight else None  # of all pieces but the last
+            read.keep_whole()
+            earlier = hidden.new_empty(weight.shape) if wants_weight else None
         learned = targets != IGNORE
         share = learned / learned.sum()  # of each token in the mean
         losses = torch.empty_like(share)
@@ -53,14 +65,16 @@ class _CrossEntropy(torch.autograd.Function):
         space = hidden.new_empty(pieces[0].stop, len(weight))
         for tokens in pieces:
             x, logits = hidden[tokens], space[: tokens.stop - tokens.start]
-            for words, w4 in whole or decode(slices):
+            for words, w4 in read():
                 torch.mm(x, w4.T, out=logits[:, words])
-            total, wanted = _log_sums(logits, targets[tokens], kernels)
-            losses[tokens] = total - wanted
+            total, target = _log_sums(logits, targets[tokens], elementwise)
+            losses[tokens] = total - target
             if wants_hidden or wants_weight:
-                _become_gradient(logits, targets[tokens], total, share[tokens], kernels)
+                for words in word_slices(len(weight)):
+                    here = targets[tokens] - words.start
+                    elementwise.become_gradient(logits[:, words], here, total, share[tokens])
             if wants_hidden:
-                for words, w4 in whole or decode(slices):  # beta 0: overwrite what was there
+                for words, w4 in read():  # beta 0: overwrite what was there
                     dhidden[tokens].addmm_(logits[:, words], w4, beta=float(words.start > 0))
             if earlier is not None and tokens is not pieces[-1]:
                 earlier.addmm_(logits.T, x, beta=float(tokens.start > 0))
@@ -93,45 +107,27 @@ def _pieces(hidden, vocabulary):
     return row_slices(len(hidden), math.ceil(len(hidden) / count) or 1) or [slice(0, 0)]
 
 
-def _decoded(weight, global_scale, dtype, head, slices):
-    """(slice of the vocabulary, that part of the weight) for all `slices`."""
-    for words in slices:
-        yield words, weight_value(weight, global_scale, dtype, words, head.kernels, head.quantized)
+class _Reader:
+    """`for words, w4 in reader():` the head, decoded, a slice of the vocabulary at a time."""
+
+    def __init__(self, head, dtype):
+        self.head, self.dtype, self.whole = head, dtype, None
+
+    def keep_whole(self):
+        """Decode it now, once."""
+        self.whole = [(slice(0, len(self.head.weight)), self.head.value(self.dtype))]
+
+    def __call__(self):
+        if self.whole:
+            return self.whole
+        return ((words, self.head.value(self.dtype, words)) for words in word_slices(len(self.head.weight)))
 
 
-def _log_sums(logits, targets, kernels):
+def _log_sums(logits, targets, elementwise):
     """(logsumexp [N], the target's logit [N]) of logits [N, vocabulary], fp32."""
     total = logits.new_full(targets.shape, -torch.inf, dtype=torch.float32)
-    wanted = torch.zeros_like(total)
+    target = torch.zeros_like(total)
     for words in word_slices(logits.shape[1]):
-        log_sum, target = kernels.log_sum(logits[:, words], targets - words.start)
-        total, wanted = torch.logaddexp(total, log_sum), wanted + target
-    return total, wanted
-
-
-def _become_gradient(logits, targets, total, share, kernels):
-    """Put the gradient of the loss in the place of `logits`."""
-    for words in word_slices(logits.shape[1]):
-        kernels.dlogits(logits[:, words], targets - words.start, total, share)
-
-
-def _log_sum(logits, targets):
-    """(logsumexp [N], the target's logit [N], 0 where it is not among the words of `logits` [N, words])."""
-    here = (targets >= 0) & (targets < logits.shape[1])
-    target = logits.gather(1, torch.where(here, targets, 0).unsqueeze(1)).squeeze(1)
-    return logits.float().logsumexp(-1), torch.where(here, target.float(), 0.0)
-
-
-def _dlogits(logits, targets, total, share):
-    """In the place of `logits` [N, words] their gradient, (probability - 1 at the target) * share."""
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(-1)
-    probability = (logits.float() - total.unsqueeze(-1)).exp()
-    logits.copy_((probability - is_target.float()) * share.unsqueeze(-1))
-
-
-def compiled_kernels():
-    """`Kernels` that are compiled."""
-    return Kernels(torch.compile(_log_sum), torch.compile(_dlogits))
-
-
-EAGER = Kernels(_log_sum, _dlogits)
+        some, found = elementwise.log_sum(logits[:, words], targets - words.start)
+        total, target = torch.logaddexp(total, some), target + found
+    return total, target

@@ -3,10 +3,10 @@
     ids -> embed_tokens -> n blocks -> norm -> lm_head -> logits
 
     block:      x = x + attention(norm(x));   x = x + mlp(norm(x))
-    attention:  q, k, v = projections of x; a norm on every head's q and k (this is what Qwen3 added to
-    Qwen2);
+    norm:       x / sqrt(mean(x**2) + eps) * weight                     (RMSNorm, Zhang & Sennrich 2019)
+    attention:  q, k, v = projections of x; a norm on every head's q and k, which Qwen3 added to Qwen2;
                 rotary positions (RoPE); several query heads share one key and value head (grouped queries)
-    mlp:        down(silu(gate(x)) * up(x))
+    mlp:        down(silu(gate(x)) * up(x))                             (SwiGLU, Shazeer 2020)
 
 Modules and parameters carry the names of Hugging Face's `Qwen3ForCausalLM`, so loading a checkpoint is an
 identity, and the arithmetic has its order, so that the logits are the same bit for bit in bf16. Not here:
@@ -16,7 +16,6 @@ name.
 The model computes in `compute_dtype` whatever precision its weights are stored in; norms compute in fp32.
 """
 
-import contextlib
 from dataclasses import dataclass, field
 
 import torch
@@ -24,18 +23,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import linear, loss, norm
-from .linear import Embedding, Linear, refit_global_scales, share_global_scale
+from .linear import Embedding, Group, Linear
 from .loss import IGNORE, cross_entropy
-from .norm import AddNorm, HeadNorm, RMSNorm, rope_tables
-
-DECODED_LIMIT = 2**31  # bytes of dense weights that `Qwen3.decoded` is willing to keep
+from .packed import Packed
 
 
 @dataclass
 class Config:
-    """The numbers of config.json that the forward pass needs; `source` is the whole file, unknown keys
-    included."""
+    """The numbers of config.json that the forward pass needs; `source` is the whole file."""
 
     vocab_size: int
     hidden_size: int
@@ -51,8 +46,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, source):
-        """Read a config.json of transformers 4 or 5. ValueError names the key that is missing or not
-        supported."""
+        """Read a config.json of transformers 4 or 5; ValueError names a key that is missing or refused."""
         if source.get("model_type") != "qwen3":
             raise ValueError(f'"model_type" must be "qwen3", got {source.get("model_type")!r}')
         values = {}
@@ -64,17 +58,13 @@ class Config:
             raise ValueError('"num_attention_heads" must be a multiple of "num_key_value_heads"')
         if values["head_dim"] % 2:
             raise ValueError(f'"head_dim" must be even, got {values["head_dim"]}')
-        for name, expected in (
-            ("hidden_act", "silu"),
-            ("attention_bias", False),
-            ("use_sliding_window", False),
-        ):
+        only = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+        for name, expected in only.items():
             if source.get(name, expected) != expected:
                 raise ValueError(f'"{name}": {source[name]!r} is not supported, only {expected!r}')
         tied = source.get("tie_word_embeddings", False)
-        return cls(
-            **values, rope_theta=_rope_theta(source), tie_word_embeddings=bool(tied), source=dict(source)
-        )
+        theta = _rope_theta(source)
+        return cls(**values, rope_theta=theta, tie_word_embeddings=bool(tied), source=dict(source))
 
 
 def _positive(name, value, kind):
@@ -84,8 +74,7 @@ def _positive(name, value, kind):
 
 
 def _rope_theta(source):
-    """transformers 5 writes `rope_parameters`, 4 `rope_theta` (and `rope_scaling` for what is not
-    supported)."""
+    """transformers 5 writes `rope_parameters`, 4 `rope_theta` (and `rope_scaling` for other types)."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -115,38 +104,67 @@ class KVCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
 
-class Attention(nn.Module):
-    def __init__(self, config, layer):
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x**2) + eps) * weight`, the quotient in fp32."""
+
+    def __init__(self, features, eps):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        queries, pairs = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
-        self.q_proj = Linear(config.hidden_size, queries)
-        self.k_proj = Linear(config.hidden_size, pairs)
-        self.v_proj = Linear(config.hidden_size, pairs)
-        self.o_proj = Linear(queries, config.hidden_size)
-        self.q_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
-        share_global_scale(self.q_proj, self.k_proj, self.v_proj)
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps = eps
 
-    def forward(self, for_q, for_k, for_v, cos, sin, cache=None):
-        """The first three are one norm; see `norm.AddNorm`."""
+    def forward(self, x):
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
 
-        def heads(y):  # [B, T, H * head_dim] -> [B, T, H, head_dim]
-            return y.unflatten(-1, (-1, self.head_dim))
 
-        q = self.q_norm(heads(self.q_proj(for_q)), cos, sin).transpose(1, 2)
-        k = self.k_norm(heads(self.k_proj(for_k)), cos, sin).transpose(1, 2)
-        v = heads(self.v_proj(for_v)).transpose(1, 2)
+def rope_tables(positions, head_dim, theta, dtype):
+    """cos and sin [..., head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs of
+    dimensions; the sine of a pair's first half is negative, as `rotated` wants it."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device).float()
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta ** (exponent / head_dim))
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotated(x, cos, sin):
+    """Each pair (a, b) = (x[i], x[i + head_dim/2]) of [B, T, H, head_dim] turned by its position's angle:
+    (a cos - b sin, b cos + a sin); cos and sin [B, T, head_dim] as of `rope_tables`."""
+    swapped = x.roll(x.shape[-1] // 2, -1)  # (b, a)
+    return x * cos.unsqueeze(2) + swapped * sin.unsqueeze(2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer, quantize):
+        super().__init__()
+        self.layer, self.head_dim, hidden = layer, config.head_dim, config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        pairs = config.num_key_value_heads * config.head_dim
+        fused = Group()
+        self.q_proj = Linear(hidden, queries, quantize, fused)
+        self.k_proj = Linear(hidden, pairs, quantize, fused)
+        self.v_proj = Linear(hidden, pairs, quantize, fused)
+        self.o_proj = Linear(queries, hidden, quantize)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, cache=None):
+        q = rotated(self.q_norm(self.heads(self.q_proj(x))), cos, sin)
+        k = rotated(self.k_norm(self.heads(self.k_proj(x))), cos, sin)
+        return self.attend(q, k, self.heads(self.v_proj(x)), cache)
+
+    def heads(self, y):
+        """[B, T, H * head_dim] -> [B, T, H, head_dim]"""
+        return y.unflatten(-1, (-1, self.head_dim))
+
+    def attend(self, q, k, v, cache):
+        """What the queries [B, T, heads, head_dim] find among keys and values [B, T, kv heads, head_dim], and
+        those of the cache, through the last projection."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, head_dim]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        new, seen = q.shape[2], k.shape[2]
-        mask = None
-        if (
-            1 < new < seen
-        ):  # several new tokens after cached ones: each sees the past and its own predecessors
+        new, seen, mask = q.shape[2], k.shape[2], None
+        if 1 < new < seen:  # several new tokens after cached ones: each sees the past and those before it
             mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
         # Grouped queries: each key and value head serves H / kv heads query heads.
         y = F.scaled_dot_product_attention(
@@ -156,82 +174,59 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, quantize):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-        share_global_scale(self.gate_proj, self.up_proj)
+        hidden, wide, fused = config.hidden_size, config.intermediate_size, Group()
+        self.gate_proj = Linear(hidden, wide, quantize, fused)
+        self.up_proj = Linear(hidden, wide, quantize, fused)
+        self.down_proj = Linear(wide, hidden, quantize)
 
-    def forward(self, for_gate, for_up):
-        """down(silu(gate(x)) * up(x)) of one norm x."""
-        return self.down_proj(self.up_proj(for_up), gate=self.gate_proj(for_gate))
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, quantize):
         super().__init__()
-        self.input_layernorm = AddNorm(config.hidden_size, config.rms_norm_eps, readers=3)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = AddNorm(config.hidden_size, config.rms_norm_eps, readers=2)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, quantize)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, quantize)
 
     def forward(self, x, cos, sin, cache=None):
-        x, *normed = self.input_layernorm(x)
-        x, *normed = self.post_attention_layernorm(x, self.self_attn(*normed, cos, sin, cache))
-        return x + self.mlp(*normed)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
-
-class Checkpointed:
-    """While a block runs (`with` it) whose activations are not kept, or runs `again` to get them back for the
-    backward pass.
-
-    The block's last product was needed for the next block alone. Its own backward pass wants its input: a
-    quarter of a block's operations need not be done again.
-    """
-
-    def __init__(self, block, again):
-        self.layers = [module for module in block.modules() if isinstance(module, Linear)]
-        self.last, self.again = block.mlp.down_proj, again
-
-    def __enter__(self):
-        self._set(True)
-
-    def __exit__(self, *error):
-        self._set(False)
-
-    def _set(self, running):
-        for layer in self.layers:
-            layer.recomputed = running
-        self.last.unread = running and self.again
+    def recomputed(self, x, cos, sin):
+        """The same, but only `x` is kept: the backward pass computes the rest again."""
+        # Nothing here is random, and a recorded step cannot read the generator's state.
+        return checkpoint(self, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
 
 
 class Qwen3Model(nn.Module):
     """Everything below the head: ids [B, T] -> hidden states [B, T, D]."""
 
-    def __init__(self, config):
+    def __init__(self, config, quantize):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
         self.keep_activations = 0  # of the last so many layers, with activation_checkpointing
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        tied = config.tie_word_embeddings
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, quantize, tied)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(Block(config, layer, quantize) for layer in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, cache=None):
         x = self.embed_tokens(ids, self.compute_dtype)
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device).repeat(len(ids))
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape)
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         recomputed = len(self.layers) - self.keep_activations if self.activation_checkpointing else 0
         for number, block in enumerate(self.layers):
             if number < recomputed and torch.is_grad_enabled():
-                # Nothing here is random, and reading the generator would break a CUDA graph.
-                x = checkpoint(
-                    block, x, cos, sin, use_reentrant=False, preserve_rng_state=False,
-                    context_fn=lambda block=block: (Checkpointed(block, False), Checkpointed(block, True)),
-                )  # fmt: skip
+                x = block.recomputed(x, cos, sin)
             else:
                 x = block(x, cos, sin, cache)
         if cache is not None:
@@ -248,16 +243,12 @@ class Qwen3(nn.Module):
 
     def __init__(self, config, quantize=True):
         super().__init__()
-        self.config = config
-        self.model = Qwen3Model(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.config, self.quantized = config, quantize
+        self.model = Qwen3Model(config, quantize)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for layer in self.linears():
-            layer.quantized = quantize
-        self.model.embed_tokens.quantized = quantize and config.tie_word_embeddings
-        self.model.embed_tokens.reads_codes = quantize
-        self.kernels = loss.EAGER
+        self.cross_entropy = cross_entropy
 
     def linears(self):
         """All projections, and the head last."""
@@ -270,36 +261,23 @@ class Qwen3(nn.Module):
         for p in self.parameters():
             p.grad_dtype = dtype
 
-    def compile_parts(self):
-        """Make one kernel each of what is many small operations: decoding, norms, the loss (torch.compile).
-
-        Matrix products and attention are large enough, and stay as they are.
-        """
-        products, norms = linear.compiled_kernels(), norm.compiled_kernels()
-        self.kernels = loss.compiled_kernels()
-        for module in self.modules():
-            if isinstance(module, (Linear, Embedding)):
-                module.kernels = products
-            if isinstance(module, RMSNorm):
-                module.kernels = norms
-
     @torch.no_grad()
     def refit(self):
         """After an optimizer step: the global scales that the weights have now."""
-        refit_global_scales([*self.linears(), self.model.embed_tokens])
+        layers, embedding = self.linears(), self.model.embed_tokens
+        if embedding.tied or isinstance(embedding.weight, Packed):
+            layers.append(embedding)
+        for group in dict.fromkeys(layer.group for layer in layers):
+            group.refit()
 
     def untie(self):
         """Give a tied head a weight of its own, equal to the embedding."""
         self.lm_head.weight = nn.Parameter(self.model.embed_tokens.weight.detach().clone())
-        self.config.tie_word_embeddings = self.model.embed_tokens.quantized = False
+        self.config.tie_word_embeddings = self.model.embed_tokens.tied = False
 
     @property
     def device(self):
         return self.lm_head.weight.device
-
-    @property
-    def quantized(self):
-        return self.lm_head.quantized
 
     def forward(self, ids, cache=None):
         return self.lm_head(self.model(ids, cache))
@@ -319,24 +297,8 @@ class Qwen3(nn.Module):
         else:
             hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if kind == "ce":
-            return cross_entropy(hidden, self.lm_head, targets, self.kernels)
+            return self.cross_entropy(hidden, self.lm_head, targets)
         learned = targets != IGNORE
         goal = self.model.embed_tokens(targets.clamp(min=0), hidden.dtype).detach()
         distance = (hidden - goal).float().abs().mean(-1)
         return (distance * learned).sum() / learned.sum()
-
-    @contextlib.contextmanager
-    def decoded(self):
-        """Decode the weights once, for many forward passes without training (generation), if they are
-        small."""
-        if self.lm_head.decoded is not None:  # inside another `decoded`
-            yield
-            return
-        if self.quantized and sum(layer.weight.numel() for layer in self.linears()) * 4 <= DECODED_LIMIT:
-            for layer in self.linears():
-                layer.decoded = layer.value(self.model.compute_dtype)
-        try:
-            yield
-        finally:
-            for layer in self.linears():
-                layer.decoded = None

@@ -8,7 +8,7 @@ A number in NVFP4 is a product of three factors, each stored at another rate:
 
 `e2m1(code)` has a sign, two exponent bits and one mantissa bit, so only eight magnitudes exist:
 
-    code  0    1    2    3    4    5    6    7        (bit 3 is the sign: code 9 is -0.5)
+    code  0    1    2    3    4    5    6    7        (codes 8 to 15 are the same with a minus: 9 is -0.5)
     e2m1  0   0.5   1   1.5   2    3    4    6
 
 `scale` is an E4M3 number (8 bits, at most 448, smallest step 2**-9). It stretches the eight magnitudes over
@@ -29,32 +29,25 @@ Worked example (it is also the first test). Sixteen numbers whose largest magnit
 
 Decoding multiplies back: 6 * 256 * 2**-9 = 3, and .45 has become 1 * .5 = .5.
 
-Rounding. "nearest" takes the closer code, ties to the even one. "stochastic" (SR) takes one of the two
-neighbours by chance, the closer the likelier, so that the stored number is right on average: numbers that
-move by less than half a step survive. `precision.py` and `optim.py` show why training at 4 bits depends on
-it.
+Rounding. "nearest" takes the closer code, ties to the even one. "stochastic" takes one of the two neighbours
+by chance, the closer the likelier, so that the stored number is right on average: numbers that move by less
+than half a step survive. `storage.py` and `optim.py` show why training at 4 bits depends on it.
 
 The order of the multiplications is that of TransformerEngine, in fp32, so its bytes and ours are the same.
 What this module does not do: Hadamard transforms, 16x16 blocks, swizzled scales, matrix products in 4 bits.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 BLOCK = 16  # numbers that share a scale
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of codes 0 to 7
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-E4M3_MIN = 2.0**-9  # the smallest positive E4M3, a subnormal
-E4M3_NAN = 480.0  # stands for NaN where scales are numbers: it would have the byte that NaN has
-FP32_MAX = torch.finfo(torch.float32).max
-SIGN = -(2**31)  # the bit of the sign in fp32
-ONE, SIX = 0x3F800000, 0x40C00000  # the bits of 1.0 and 6.0 in fp32
-LEAST, LARGEST = 0x3C800000, 0x43E00000  # those of 2**-6, E4M3's smallest normal number, and of 448
-EXPONENT = 0x7F800000  # where fp32 has its exponent
-E2M1_UNIT, E4M3_UNIT = 2.0**14, 2.0**8  # how much more an exponent means there than in fp16
-BOTH = 0x00010001  # times a number: the same number in both halves of an int32
-RANDOM = 2**22  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
+FP32_MIN, FP32_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+DRAWS = 22  # stochastic rounding draws one of 2**22 numbers for each element
 
 
 class NVFP4(NamedTuple):
@@ -80,24 +73,22 @@ def quantize(x, rounding="nearest", *, global_scale=None, generator=None):
         largest = amax(x)
         # Not `2688 / largest`: torch computes that as 2688 * (1 / largest), and rounds twice.
         encode_scale = torch.full_like(largest, E2M1_MAX * E4M3_MAX) / largest
-        encode_scale = torch.where(
-            largest == 0, 1.0, encode_scale.clamp(max=FP32_MAX)
-        )  # finite below 1e-35 too
+        encode_scale = torch.where(largest == 0, 1.0, encode_scale.clamp(max=FP32_MAX))  # finite below 1e-35
         global_scale = 1 / encode_scale
     else:
         global_scale = torch.as_tensor(global_scale, dtype=torch.float32, device=x.device)
         encode_scale = 1 / global_scale
     bits = None
     if rounding == "stochastic":
-        drawn = torch.randint(RANDOM, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+        drawn = torch.randint(2**DRAWS, x.shape, generator=generator, device=x.device, dtype=torch.int32)
         bits = as_matrix(drawn)
     qdata = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(*x.shape[:-1], x.shape[-1] // BLOCK, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(*x.shape[:-1], x.shape[-1] // BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
     matrix, codes, scales = as_matrix(x.detach()), as_matrix(qdata), as_matrix(scale)
     for rows in row_chunks(matrix):
-        drawn = None if bits is None else halves(bits[rows])
-        codes[rows], scales[rows] = encode(halves(matrix[rows].float()), encode_scale, drawn)
-    return NVFP4(qdata, scale.view(torch.float8_e4m3fn), global_scale)
+        drawn = None if bits is None else bits[rows]
+        codes[rows], scales[rows] = encode(matrix[rows].float(), encode_scale, drawn)
+    return NVFP4(qdata, scale, global_scale)
 
 
 def dequantize(q, dtype=torch.float32):
@@ -105,7 +96,17 @@ def dequantize(q, dtype=torch.float32):
     values = torch.empty(*q.qdata.shape[:-1], 2 * q.qdata.shape[-1], dtype=dtype, device=q.qdata.device)
     matrix, codes, scales = as_matrix(values), as_matrix(q.qdata), as_matrix(q.scale)
     for rows in row_chunks(matrix):
-        matrix[rows] = decode_rows(codes[rows], scales[rows].float(), q.global_scale)
+        matrix[rows] = decode(codes[rows], scales[rows], q.global_scale)
+    return values
+
+
+def fake_quantize(x, global_scale, dtype=torch.float32):
+    """`dequantize(quantize(x))` without keeping the codes: what a 4-bit product makes of a weight `x`."""
+    check_quantizable(x)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    matrix, into = as_matrix(x.detach()), as_matrix(values)
+    for rows in row_chunks(matrix):
+        into[rows] = decode(*encode(matrix[rows].float(), 1 / global_scale), global_scale)
     return values
 
 
@@ -119,21 +120,119 @@ def weight_global_scale(*weights):
     """
     largest = torch.stack([amax(w) for w in weights]).amax()
     exact = largest / (E2M1_MAX * E4M3_MAX)
-    # Round up to a power of two: a carry out of the mantissa bits increments the exponent.
-    power = ((exact.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
-    power = torch.where(exact == 0, 1.0, 2 * power)
-    return torch.where(torch.isfinite(largest), power, largest)
+    # exact = mantissa * 2**exponent, the mantissa in [.5, 1)
+    mantissa, exponent = torch.frexp(exact.clamp(min=FP32_MIN))
+    power = torch.ldexp(torch.ones_like(exact), exponent + (mantissa > 0.5))
+    return torch.where(exact == 0, 1.0, torch.where(largest.isfinite(), power, largest))
 
 
-def fake_quantize(x, global_scale, dtype=torch.float32):
-    """`dequantize(quantize(x))` without keeping the codes: what a 4-bit product makes of a weight `x`."""
-    check_quantizable(x)
-    values = torch.empty(x.shape, dtype=dtype, device=x.device)
-    matrix, into = as_matrix(x.detach()), as_matrix(values)
-    for rows in row_chunks(matrix):
-        codes, scales = encode(halves(matrix[rows].float()), 1 / global_scale)
-        into[rows] = decode_rows(codes, e4m3(scales), global_scale)
-    return values
+def encode(x, encode_scale, bits=None, scale=None):
+    """(qdata uint8 [..., K/2], scale E4M3 [..., K/16]) of `x`, fp32 [..., K].
+
+    encode_scale: fp32, the reciprocal of the global scale; [], or [..., 1] with one for each row.
+    bits: random int32, shaped as x, of which the lower 22 count, make the rounding stochastic.
+    scale: block scales to use instead of new ones.
+    """
+    x = x.unflatten(-1, (-1, BLOCK))  # [..., K] -> [..., K/16, 16]
+    if scale is None:
+        scale = block_scale(x.abs().amax(-1), encode_scale, upward=bits is not None)
+    bits = None if bits is None else bits.view(x.shape)
+    return pair(e2m1_code(in_units(x, scale, encode_scale), bits).flatten(-2)), scale
+
+
+def decode(qdata, scale, global_scale):
+    """The inverse of `encode`, fp32 [..., K]; `global_scale` is [] or [..., 1]."""
+    return from_units(look_up(qdata, E2M1_TABLE), scale, global_scale)
+
+
+def block_scale(amax, encode_scale, upward=False, most=E2M1_MAX):
+    """The E4M3 scales that bring the blocks' largest magnitudes `amax` to `most`, the largest code's value.
+
+    To nearest, where 6 may become 6.37 and be cut to 6; or `upward`, so that nothing is cut, which stochastic
+    rounding needs to be right on average.
+    """
+    exact = (amax * (encode_scale * (1 / most))).clamp(max=E4M3_MAX)  # some versions of torch make 500 NaN
+    scale = exact.to(torch.float8_e4m3fn)
+    if upward:
+        scale = torch.where(scale.float() < exact, neighbour(scale, 1), scale)
+    return torch.where(amax < torch.inf, scale, torch.nan)
+
+
+def neighbour(scale, step):
+    """The next E4M3 number above (1) or below (-1) a positive one: its byte is one more, or one less."""
+    return (scale.view(torch.uint8) + step).view(torch.float8_e4m3fn)
+
+
+def in_units(x, scale, encode_scale):
+    """`x` [..., K/16, 16] in units of its blocks' scales [..., K/16]."""
+    exact = 1 / (scale.float() * (1 / encode_scale))
+    return x * exact.clamp(max=FP32_MAX).unsqueeze(-1)  # finite where the scale is 0
+
+
+def from_units(x, scale, global_scale):
+    """Numbers [..., K] in units of their block's scale [..., K/16] -> values."""
+    unit = scale.float() * global_scale
+    return (x.unflatten(-1, (-1, BLOCK)) * unit.unsqueeze(-1)).flatten(-2)
+
+
+def e2m1_code(y, bits=None):
+    """The codes 0 to 15, uint8, of numbers `y` in units of their block's scale; beyond 6 they become 6."""
+    return code(y.abs().clamp(max=E2M1_MAX), bits) | torch.signbit(y).to(torch.uint8) << 3
+
+
+def code(size, bits=None, places=1):
+    """The code 0 to 7, uint8, of magnitudes `size`; with more `places` a finer one, so many for each code.
+
+    Codes are 1/2 apart below 2, 1 apart from 2 to 4, and 2 beyond. So there are three rulers, each right in
+    its own range and reading too much in the others; the least of the three readings is the code:
+
+        size            0.9   2.2   4.6
+        2 size          1.8   4.4   9.2
+        size + 2        2.9   4.2   6.6
+        size / 2 + 4    4.45  5.1   6.3      -> codes 2, 4, 6 (each reading rounded, ties to even)
+
+    Stochastic rounding counts in units of 2**-22 of a place, adds a random number of them, less than a
+    place, and drops what does not fill one: so .8 of a place becomes 1 in .8 of the draws.
+    """
+    if bits is None:
+        least = torch.minimum((2 * places * size).round(), (places * size).round() + 2 * places)
+        return torch.minimum(least, (places / 2 * size).round() + 4 * places).to(torch.uint8)
+    digits = DRAWS - (places - 1).bit_length()  # binary ones, of a fraction of a place
+    fine = (size * 2.0 ** (DRAWS + 1)).round().to(torch.int32)
+    least = torch.minimum(fine, (fine >> 1) + (2 << DRAWS))
+    least = torch.minimum(least, (fine >> 2) + (4 << DRAWS))
+    return (least + (bits & 2**digits - 1) >> digits).to(torch.uint8)
+
+
+def pair(codes):
+    """Codes [..., K] two to a byte, uint8 [..., K/2], the even element in the low half."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def look_up(index, table):
+    """The two numbers of each entry: `index` [..., K/2] into a `pair_table` -> fp32 [..., K]."""
+    table = table if index.device == table.device else copied(table, index.device)
+    return torch.take(table, index.long()).view(torch.float32)
+
+
+def pair_table(even, odd):
+    """A table of pairs of fp32 numbers for `look_up`, each pair as one word of 64 bits: half the look-ups."""
+    return torch.stack([even, odd], -1).view(torch.int64).squeeze(-1)
+
+
+def code_table(values):
+    """The `pair_table` of all bytes of two codes that stand for `values` [16]."""
+    values, byte = torch.tensor(values), torch.arange(256)
+    return pair_table(values[byte % 16], values[byte // 16])
+
+
+@functools.cache
+def copied(table, device):
+    """A table on another device, brought there once."""
+    return table.to(device)
+
+
+E2M1_TABLE = code_table([*E2M1, *(-value for value in E2M1)])
 
 
 def as_matrix(x):
@@ -145,7 +244,7 @@ def row_chunks(x, rows=0):
     """Slices that cover the rows of `x`, `rows` at a time; 0: as many as are fast on the device of `x`.
 
     On a CPU a piece and its temporaries should stay in the cache (5 times faster than whole matrices); a
-    GPU wants few large launches. Every result of this package is the same for every choice.
+    GPU wants few large pieces. Every result of this package is the same for every choice.
     """
     numbers = x.numel() // max(1, len(x))  # in a row
     rows = rows or max(1, (2**24 if x.device.type == "cuda" else 2**18) // max(1, numbers))
@@ -168,206 +267,3 @@ def amax(x):
     """The largest magnitude of a tensor, fp32 []; NaN if there is one."""
     low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
     return torch.maximum(-low, high).float()
-
-
-def halves(x):
-    """[..., K] -> the even and the odd columns, each [..., K/2].
-
-    Two codes share a byte, so the arithmetic goes through both halves side by side and never interleaves
-    them: a compiler then makes one kernel of decoding, updating and encoding.
-    """
-    return x[..., 0::2], x[..., 1::2]
-
-
-def joined(even, odd):
-    """The inverse of `halves`."""
-    return torch.stack([even, odd], -1).flatten(-2)
-
-
-def pairs(x):
-    """16-bit numbers [..., K] two at a time, as int32 [..., K/2] (the same memory): one access to memory
-    instead of two with gaps between them. Wider ones as they are."""
-    return x.view(torch.int32) if x.element_size() == 2 else x
-
-
-def unpaired(x, dtype):
-    """The halves, fp32, of `pairs` of `dtype`."""
-    if x.dtype != torch.int32:
-        return tuple(half.float() for half in halves(x))
-    if dtype == torch.bfloat16:  # the upper half of an fp32 number
-        return (x << 16).view(torch.float32), (x & -0x10000).view(torch.float32)
-    return tuple(half.to(torch.int16).view(dtype).float() for half in (x, x >> 16))
-
-
-def paired(even, odd):
-    """The inverse of `unpaired`."""
-    if even.element_size() != 2:
-        return joined(even, odd)
-    even, odd = (half.view(torch.int16).to(torch.int32) for half in (even, odd))
-    return even & 0xFFFF | odd << 16
-
-
-def encode(x, encode_scale, bits=None, scale=None):
-    """(qdata, scale), uint8 [..., K/2] and [..., K/16], of `x`, fp32 halves of [..., K]: the arithmetic of
-    `quantize`. What is stored of a scale is its byte; before that it is an fp32 number that E4M3 has.
-
-    encode_scale: fp32, the reciprocal of the global scale; [], or [..., 1] with one for each row.
-    bits: random int32, halves shaped as x, make the rounding stochastic; the lower 22 of each count.
-    scale: block scales to use instead of new ones, as numbers.
-    """
-    x = in_blocks(x)
-    if scale is None:
-        scale = block_scale(block_amax(x), encode_scale, upward=bits is not None)
-    inverse = inverse_scale(scale, encode_scale)
-    bits = (None, None) if bits is None else in_blocks(bits)
-    even, odd = (e2m1_code(half * inverse, drawn) for half, drawn in zip(x, bits))
-    return (even | odd << 4).to(torch.uint8).flatten(-2), e4m3_byte(scale)
-
-
-def in_blocks(x):
-    """Halves [..., K/2] -> [..., K/16, 8]."""
-    return tuple(half.unflatten(-1, (-1, BLOCK // 2)) for half in x)
-
-
-def block_amax(x, positive=False):
-    """The largest magnitude of each block, [..., K/16], of fp32 halves [..., K/16, 8]; NaN if one is.
-
-    positive: none is below 0, so magnitudes need not be taken.
-    """
-    even, odd = ((half.view(torch.int32) if positive else magnitude_bits(half)).amax(-1) for half in x)
-    return torch.maximum(even, odd).view(torch.float32)
-
-
-def magnitude_bits(x):
-    """The bits of |x| (fp32) as int32: ordered as the numbers are, NaN last, and quicker to compare on a
-    GPU."""
-    return x.abs().view(torch.int32)
-
-
-def inverse_scale(scale, encode_scale):
-    """What numbers [..., K/16, 8] are multiplied with to be in units of the block's scale, [..., K/16, 1]."""
-    exact = 1 / (scale * (1 / encode_scale))
-    return exact.clamp(max=FP32_MAX).unsqueeze(-1)  # finite where the scale is 0
-
-
-def block_scale(amax, encode_scale, upward=False, most=E2M1_MAX):
-    """The scale that brings a block's largest magnitude `amax` to `most`, the largest code's value.
-
-    To nearest, where 6 may become 6.37 and be cut to 6; or `upward`, so that nothing is cut, which stochastic
-    rounding needs to be right on average.
-    """
-    exact, scale, gap = nearest_e4m3(amax * (encode_scale * (1 / most)))
-    if upward:
-        scale = torch.where(scale < exact, scale + gap, scale)
-    return torch.where(amax < torch.inf, scale, E4M3_NAN)
-
-
-def nearest_e4m3(x):
-    """(`x`, fp32 >= 0, but at most 448; the E4M3 number nearest to that, ties to even; the gap between the
-    two numbers around it), all fp32. Rounded as in `rounded`."""
-    x = limited(x, LARGEST)
-    exponent = (x & EXPONENT).clamp(min=LEAST)
-    power, gap = (number.view(torch.float32) for number in (exponent + (20 << 23), exponent - (3 << 23)))
-    x = x.view(torch.float32)
-    return x, x + power - power, gap
-
-
-def raw(scale):
-    """E4M3 numbers as uint8, the same memory; bytes as they are."""
-    return scale.view(torch.uint8)
-
-
-def e4m3(byte):
-    """The numbers, fp32, that E4M3 bytes (uint8) stand for.
-
-    torch can convert its type float8_e4m3fn, but in compiled code only where the GPU can, from compute
-    capability 8.9 on. And it is little work: like E2M1, E4M3 is fp16 with a narrower exponent.
-    """
-    x = byte.view(torch.int8).to(torch.int32) << 7
-    # fp16's exponent has one bit more, 14, and the shift leaves a copy of the sign there. It must become 0,
-    # but 1 for NaN: 0x7F and 0xFF are the only bytes to which adding 1 changes it.
-    bits = x ^ (x + (1 << 7) & 1 << 14)
-    return bits.to(torch.int16).view(torch.float16).float() * E4M3_UNIT
-
-
-def e4m3_byte(scale):
-    """The inverse of `e4m3`, for positive numbers: they are fp16 numbers too."""
-    return ((scale * (1 / E4M3_UNIT)).half().view(torch.int16) >> 7).to(torch.uint8)
-
-
-def decode(qdata, scale, global_scale):
-    """The inverse of `encode`: halves, fp32 [..., K/2] each; `global_scale` is [] or [..., 1]."""
-    # A product with two bits set puts a byte into both halves of an int32, the even code where the lower one
-    # wants it and the odd one where the upper does: `fp16_bits` of two codes at once.
-    x = qdata.to(torch.int32)
-    magnitudes, signs = x * (1 << 9 | 1 << 21), x * (1 << 12 | 1 << 24)
-    bits = magnitudes & (7 << 9) * BOTH | signs & (SIGN | 8 << 12)
-    return scaled(both_fp16(bits), scale, global_scale * E2M1_UNIT)
-
-
-def both_fp16(bits):
-    """The fp16 numbers whose bits are the lower and the upper half of int32."""
-    return tuple(half.to(torch.int16).view(torch.float16) for half in (bits, bits >> 16))
-
-
-def decode_rows(qdata, scale, global_scale):
-    """The same, interleaved, fp32 [..., K], with scales as numbers."""
-    code = joined(qdata & 0xF, qdata >> 4).to(torch.int16)
-    values = fp16_bits(code & 7, code & 8).view(torch.float16)
-    blocks = (values.float() * E2M1_UNIT).unflatten(-1, (-1, BLOCK))
-    return (blocks * (scale * global_scale).unsqueeze(-1)).flatten(-2)
-
-
-def scaled(x, scale, global_scale):
-    """Halves in units of their block's scale -> values."""
-    step = (e4m3(scale) * global_scale).unsqueeze(-1)
-    return tuple((half.float() * step).flatten(-2) for half in in_blocks(x))
-
-
-def e2m1_code(y, bits=None):
-    """The codes (int32, 0..15) of numbers `y` in units of the block's scale; magnitudes above 6 become 6."""
-    return (rounded(y, bits, SIX) | y.view(torch.int32) & SIGN) >> 28 & 15
-
-
-def limited(y, most):
-    """The bits of |y|, but at most `most` (bits). NaN becomes that too; a block's scale keeps it visible."""
-    return magnitude_bits(y).clamp(max=most)
-
-
-def rounded(y, bits, most, further=0):
-    """Round |y| (fp32, limited to a number whose bits are `most`) to a code: int32 >= 0, of which bits 28 to
-    30 are the code and those below mean nothing.
-
-    further: mantissa bits beyond E2M1's one, for a finer grid (`packed.py`); they are the bits below.
-
-    Below 2 codes are 1/2 apart, from 2 to 4 they are 1 apart, and 4 and 6 are 2 apart.
-
-    Nearest: fp32 numbers are that far apart from 2**22, 2**23 and 2**24 on. So adding that power of two
-    makes the processor round to a code, ties to even, and the sum's last bits count the steps.
-
-    Stochastic: the larger of |y| + 1 and 2 |y| is 1 for code 0, 1.5 for 1, 2, 3, 4, 6, 8 and 12 for the
-    others: one step in fp32's exponent and highest mantissa bit, place 22, from each to the next. Adding
-    random bits below rounds up with the probability of the fraction, and what has only zeros there, a number
-    on the grid, never moves.
-    """
-    place = 22 - further
-    if bits is None:
-        magnitude = limited(y, most)
-        exponent = (magnitude & EXPONENT).clamp(min=ONE)
-        power = exponent + (place << 23)
-        steps = (magnitude.view(torch.float32) + power.view(torch.float32)).view(torch.int32) - power
-        return steps + (exponent - ONE >> place) << place + 6
-    magnitude = y.abs()
-    steps = torch.maximum((magnitude + 1).view(torch.int32), (magnitude + magnitude).view(torch.int32))
-    steps = steps.clamp(max=most + (1 << 23)) - ONE  # twice `most`
-    return steps + (bits & (1 << place) - 1) << 6
-
-
-def fp16_bits(numbers, signs, further=0):
-    """The bits of an fp16 number that is E2M1's times 2**-14; `signs`: bit 3 of the codes alone.
-
-    An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there.
-    What is left to correct is the exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16
-    subnormals.
-    """
-    return numbers << 9 - further | signs << 12

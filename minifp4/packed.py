@@ -7,12 +7,12 @@ an ordinary dense tensor. Arithmetic on it is refused: who may look inside asks.
 
     nvfp4()    the codes that products and exports read
     decode()   their values
-    exact()    what is really stored
-    store()    write new values
+    stored()   what is really stored
+    encode()   what to write for new values; `store()` writes it
 
 Writing is where 4-bit training lives or dies. A step of lr 1e-5 moves a weight by 1/400 of the gap between
-two codes; to nearest, it never arrives. So it is rounded stochastically: one weight in 400 takes a whole
-step, and the mean is right.
+two codes; rounded to nearest, it never arrives. So it is rounded stochastically: one weight in 400 takes a
+whole step, and the mean is right.
 
 `nvfp4x2` has 16 places for each code: four mantissa bits more than E2M1, the place `16 * code + more`, `more`
 from -8 to 7. The place is rounded stochastically, with a sixteenth of the noise, and products read the
@@ -31,40 +31,12 @@ stay as they are. In `nvfp4x2` there are places up to 6.875, beyond what any nea
 import torch
 
 from .nvfp4 import (
-    BLOCK,
-    BOTH,
-    E2M1_MAX,
-    E2M1_UNIT,
-    E4M3_MAX,
-    E4M3_NAN,
-    NVFP4,
-    RANDOM,
-    block_amax,
-    block_scale,
-    both_fp16,
-    decode,
-    decode_rows,
-    dequantize,
-    e4m3,
-    e4m3_byte,
-    encode,
-    fp16_bits,
-    halves,
-    in_blocks,
-    inverse_scale,
-    joined,
-    nearest_e4m3,
-    quantize,
-    raw,
-    rounded,
-    row_chunks,
-    scaled,
-    weight_global_scale,
-)
+    BLOCK, DRAWS, E2M1_MAX, E4M3_MAX, NVFP4, block_scale, code, decode, dequantize, e2m1_code, encode,
+    from_units, in_units, look_up, neighbour, pair, pair_table, quantize, row_chunks, weight_global_scale,
+)  # fmt: skip
 
-KEEP = 2.9  # a block's scale stays while its amax is in (KEEP, E2M1_MAX] times it
-FURTHER, PLACES = 4, 16  # bits of `nvfp4x2` beyond a code's, and the places that they make of each
-SEVEN = 0x40E00000  # the bits of 7.0 in fp32, beyond which there is no place
+KEEP = 2.9  # a block's scale stays while its largest number is in (KEEP, E2M1_MAX] times it
+PLACES = 16  # of `nvfp4x2` for each code
 LAST = 7 * PLACES + 7  # the last place that is read as code 7
 
 
@@ -82,154 +54,138 @@ class Packed(torch.Tensor):
 
     def __init__(self, q, more=None):
         self.qdata, self.scale, self.global_scale = q
-        if more is not None:
-            self.more = more
+        self.more = more
 
-    def parts(self):
+    def tensors(self):
         """{name: tensor} of the memory."""
         names = (*NVFP4._fields, "more")
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def nvfp4(self, rows=slice(None)):
         """The codes of some rows (a slice, or row numbers [N]) that products read."""
         return NVFP4(self.qdata[rows], self.scale[rows], self.global_scale)
 
     def decode(self, rows=slice(None)):
-        """The values of such rows as products read them, fp32 [rows, in]."""
+        """The values of some rows as products read them, [rows, in]."""
         return dequantize(self.nvfp4(rows))
 
-    def exact(self, rows=slice(None)):
+    def stored(self, rows=slice(None)):
         """The values of some rows as they are stored, fp32 [rows, in]."""
-        return joined(*stored(*self._rows(rows)))
+        if self.more is None:
+            return decode(*self.nvfp4(rows))
+        pairs = self.qdata[rows].long() * 256 + self.more[rows]
+        return from_units(look_up(pairs, PLACE_TABLE), self.scale[rows], self.global_scale)
 
-    def store(self, rows, x):
+    def encode(self, x, rows, bits=None):
+        """What to write into some rows for the values `x`, fp32 [rows, in]: {name: tensor}.
+
+        bits: random int32, shaped as x, round codes and block scales stochastically; None rounds to nearest.
+        """
+        old, encode_scale = self.scale[rows], 1 / self.global_scale
+        x = x.unflatten(-1, (-1, BLOCK))  # [rows, in] -> [rows, in/16, 16]
+        bits = None if bits is None else bits.view(x.shape)
+        amax, unit = x.abs().amax(-1), old.float() * self.global_scale
+        fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
+        if bits is None or self.more is not None:
+            new_scale = block_scale(amax, encode_scale)
+        else:
+            chance = bits[..., 0] >> 10 ^ bits[..., 1]  # bits of two numbers that their codes do not use
+            new_scale, x = _stochastic_scale(x, amax, self.global_scale, chance, fits)
+        scale = torch.where(fits, old, new_scale)
+        y = in_units(x, scale, encode_scale)
+        if self.more is None:
+            return {"qdata": pair(e2m1_code(y, bits).flatten(-2)), "scale": scale}
+        place = code(y.abs().clamp(max=7.0), bits, PLACES).clamp(max=LAST) + PLACES // 2
+        codes = place // PLACES | torch.signbit(y).to(torch.uint8) << 3
+        more = place % PLACES
+        return {"qdata": pair(codes.flatten(-2)), "scale": scale, "more": pair(more.flatten(-2))}
+
+    def store(self, x, rows=slice(None)):
         """Write fp32 values [rows, in], to nearest."""
-        for name, new in encoded(*self._rows(rows), halves(x)).items():
-            raw(getattr(self, name))[rows] = new
-
-    def _rows(self, rows):
-        parts = {name: raw(part)[rows] for name, part in self.parts().items() if part.dim()}
-        return parts, self.global_scale, "more" in parts
+        for name, new in self.encode(x, rows).items():
+            getattr(self, name)[rows] = new
 
     def __tensor_flatten__(self):
-        return list(self.parts()), None
+        return list(self.tensors()), None
 
     @staticmethod
     def __tensor_unflatten__(tensors, _, shape, stride):
-        return from_parts(tensors)
+        return from_tensors(tensors)
 
     def __repr__(self):
-        kind = "nvfp4x2" if hasattr(self, "more") else "nvfp4"
+        kind = "nvfp4" if self.more is None else "nvfp4x2"
         return f"Packed({tuple(self.shape)}, {kind}, device={self.device})"
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         kwargs, aten = dict(kwargs or {}), torch.ops.aten
         if function in (aten.detach.default, aten.alias.default):
-            return from_parts(args[0].parts())
+            return from_tensors(args[0].tensors())
         same_type = kwargs.pop("dtype", None) in (None, torch.bfloat16)
         if function in (aten.clone.default, aten._to_copy.default) and same_type:
             kwargs.pop("memory_format", None)
-            return from_parts({name: function(part, **kwargs) for name, part in args[0].parts().items()})
+            return from_tensors({name: function(part, **kwargs) for name, part in args[0].tensors().items()})
         if function is aten.copy_.default and isinstance(args[1], Packed):
-            theirs = args[1].parts()
-            for name, part in args[0].parts().items():
+            theirs = args[1].tensors()
+            for name, part in args[0].tensors().items():
                 part.copy_(theirs[name])
             return args[0]
         raise NotImplementedError(f"{function} on a packed weight, which has no dense values: use .decode()")
 
 
-def from_parts(parts):
-    """The `Packed` with the given `parts()`."""
-    return Packed(NVFP4(*(parts[name] for name in NVFP4._fields)), parts.get("more"))
+def from_tensors(tensors):
+    """The `Packed` with the given `tensors()`."""
+    return Packed(NVFP4(*(tensors[name] for name in NVFP4._fields)), tensors.get("more"))
 
 
-def stored(parts, global_scale, finer):
-    """The values of a weight, or of rows of one, with these `parts` (bytes): halves (`nvfp4.halves`), fp32.
-
-    finer: whether it is nvfp4x2.
-    """
-    codes, scale = parts["qdata"], parts["scale"]
-    if not finer:
-        return decode(codes, scale, global_scale)
-    codes, more = spread(codes), spread(parts["more"])
-    places = ((codes & 7 * BOTH) << FURTHER) + more - PLACES // 2 * BOTH  # none is below 0
-    bits = fp16_bits(places, codes & 8 * BOTH, FURTHER)
-    return scaled(both_fp16(bits), scale, global_scale * E2M1_UNIT)
+def place_value(codes, more):
+    """The number, fp32, at the place 16 * code + more - 8 with the code's sign: three rulers, as in `code`,
+    read the other way round."""
+    place = (codes % 8 * PLACES + more - PLACES // 2).float()
+    size = torch.maximum(torch.maximum(place / 32, place / 16 - 2), place / 8 - 8)
+    return torch.where(codes < 8, size, -size)
 
 
-def spread(x):
-    """Bytes of two codes -> int32 with the even code in the lower half of its bits, the odd one in the upper:
-    a GPU then computes with both in one instruction."""
-    x = x.to(torch.int32)
-    return (x | x << 12) & 15 * BOTH
+def place_table():
+    """A `pair_table` of all two bytes: two codes, and their further bits."""
+    codes, more = torch.arange(2**16) // 256, torch.arange(2**16) % 256
+    return pair_table(place_value(codes % 16, more % 16), place_value(codes // 16, more // 16))
 
 
-def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
-    """What to write into such `parts` for the halves `x`: {name: tensor}.
-
-    bits, block_bits: random int32, halves as x and [rows, in/16], round codes and block scales
-    stochastically; None rounds to nearest.
-    """
-    old, encode_scale = e4m3(parts["scale"]), 1 / global_scale
-    amax = block_amax(in_blocks(x))
-    unit = old * global_scale
-    fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
-    if bits is None or finer:
-        fresh = block_scale(amax, encode_scale)
-    else:
-        fresh, x = _stochastic_scale(x, amax, global_scale, block_bits, fits)
-    scale = torch.where(fits, old, fresh)
-    if finer:
-        return {"scale": e4m3_byte(scale)} | _places(x, scale, encode_scale, bits)
-    return dict(zip(("qdata", "scale"), encode(x, encode_scale, bits, scale)))
+PLACE_TABLE = place_table()
 
 
-def _places(x, scale, encode_scale, bits):
-    """The codes and the further bits of `nvfp4x2`."""
-    inverse, nibbles = inverse_scale(scale, encode_scale), []
-    for half, drawn in zip(in_blocks(x), (None, None) if bits is None else in_blocks(bits)):
-        y = half * inverse
-        place = (rounded(y, drawn, SEVEN, FURTHER) >> 28 - FURTHER).clamp(max=LAST) + PLACES // 2
-        sign = y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
-        nibbles.append((place >> FURTHER | sign, place & PLACES - 1))
-    qdata, more = ((even | odd << 4).to(torch.uint8).flatten(-2) for even, odd in zip(*nibbles))
-    return {"qdata": qdata, "more": more}
-
-
-def _stochastic_scale(x, amax, global_scale, block_bits, fits):
+def _stochastic_scale(x, amax, global_scale, chance, fits):
     """New block scales, rounded stochastically, and `x` with numbers beyond 6 times the smaller one
     adjusted.
 
     With probability `share` the larger scale is taken. With the smaller one such numbers will be cut to its
     limit; so with the larger they must go beyond what they are, for the mean to be right.
     """
-    exact, nearest, gap = nearest_e4m3(amax * (1 / global_scale / E2M1_MAX))
-    below = torch.where(nearest > exact, nearest - gap, nearest)
-    share = (exact - below) / gap
-    up = ((block_bits & RANDOM - 1) < share * RANDOM) & fits.logical_not()
+    exact = (amax * (1 / global_scale / E2M1_MAX)).clamp(max=E4M3_MAX)
+    nearest = exact.to(torch.float8_e4m3fn)
+    smaller = torch.where(nearest.float() > exact, neighbour(nearest, -1), nearest)
+    larger = neighbour(smaller, 1)
+    share = (exact - smaller.float()) / (larger.float() - smaller.float())
+    up = ((chance & 2**DRAWS - 1) < share * 2**DRAWS) & ~fits
     # What is beyond the limit grows by 1 / share; where `up` is not, nothing is beyond.
-    limit = torch.where(up, E2M1_MAX * below * global_scale, torch.inf).unsqueeze(-1)
-    further = torch.where(up, 1 / share - 1, 0.0).unsqueeze(-1)
-
-    def adjusted(blocks):
-        beyond = (blocks.abs() - limit).view(torch.int32).clamp(min=0).view(torch.float32)
-        return (blocks + (beyond * further).copysign(blocks)).flatten(-2)
-
-    scale = torch.where(amax < torch.inf, torch.where(up, below + gap, below), E4M3_NAN)
-    return scale, [adjusted(blocks) for blocks in in_blocks(x)]
+    limit = torch.where(up, E2M1_MAX * smaller.float() * global_scale, torch.inf).unsqueeze(-1)
+    growth = torch.where(up, 1 / share - 1, 0.0).unsqueeze(-1)
+    x = x + ((x.abs() - limit).clamp(min=0) * growth).copysign(x)
+    return torch.where(amax < torch.inf, torch.where(up, larger, smaller), torch.nan), x
 
 
 def pack(weight, global_scale, finer):
-    """A weight as `Packed`, rounded to nearest; one that is packed keeps its codes and its global scale."""
+    """A weight as `Packed` (`finer`: nvfp4x2), rounded to nearest; one that is packed keeps its codes and its
+    global scale."""
     packed = isinstance(weight, Packed)
-    parts = weight.parts() if packed else quantize(weight, global_scale=global_scale)._asdict()
-    on_code = torch.full_like(parts["qdata"], PLACES // 2 * 0x11)  # the places of numbers that are codes
-    more = parts.get("more", on_code) if finer else None
-    new = Packed(NVFP4(*(parts[name].clone() for name in NVFP4._fields)), more)
+    tensors = weight.tensors() if packed else quantize(weight, global_scale=global_scale)._asdict()
+    on_code = torch.full_like(tensors["qdata"], PLACES // 2 * 0x11)  # the places of numbers that are codes
+    more = tensors.get("more", on_code) if finer else None
+    new = Packed(NVFP4(*(tensors[name].clone() for name in NVFP4._fields)), more)
     if finer and not packed:
         for rows in row_chunks(weight):
-            new.store(rows, weight.detach()[rows].float())
+            new.store(weight.detach()[rows].float(), rows)
     return new
 
 
@@ -248,7 +204,7 @@ def pack_exactly(weight):
             return weight
         parts.append((codes, scale))
     qdata, scale = (torch.cat(some) for some in zip(*parts))
-    return Packed(NVFP4(qdata, scale.view(torch.float8_e4m3fn), global_scale))
+    return Packed(NVFP4(qdata, scale, global_scale))
 
 
 def _codes_of_values(x, global_scale):
@@ -258,38 +214,31 @@ def _codes_of_values(x, global_scale):
     for top in (E2M1_MAX, 4.0, 3.0):
         tried = block_scale(amax * (E2M1_MAX / top), encode_scale)
         scale = tried if scale is None else torch.where(right, scale, tried)
-        codes, byte = encode(halves(x), encode_scale, scale=scale)
-        values = decode_rows(codes, scale, global_scale)
+        codes, _ = encode(x, encode_scale, scale=scale)
+        values = decode(codes, scale, global_scale)
         right = (values.unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
-    return codes, byte, bool(right.all())
+    return codes, scale, bool(right.all())
 
 
-def refit_parts(scales, global_scales):
-    numbers = [e4m3(scale) for scale in scales]
-    top = torch.stack([number.amax() for number in numbers]).amax()
-    factor = torch.where(top > E4M3_MAX / 2, 2.0, 1.0)
-    for scale, number, global_scale in zip(scales, numbers, global_scales):
-        _, halved, _ = nearest_e4m3(number / factor)
-        scale.copy_(e4m3_byte(torch.where(number.isnan(), E4M3_NAN, halved)))
-        global_scale.mul_(factor)
-
-
-def refit(weights, fit=refit_parts):
+def refit(weights):
     """Double the global scale of packed `weights` that share one, where a block scale nears the end of its
     range.
 
     All block scales are halved, so that no number changes (but in E4M3's subnormals, by half their step).
-    fit: `refit_parts`, or that compiled.
     """
-    fit([raw(weight.scale) for weight in weights], [weight.global_scale for weight in weights])
+    largest = torch.stack([weight.scale.float().amax() for weight in weights]).amax()
+    factor = torch.where(largest > E4M3_MAX / 2, 2.0, 1.0)
+    for weight in weights:
+        weight.scale.copy_(weight.scale.float() / factor)
+        weight.global_scale.mul_(factor)
 
 
-def dense(weight):
+def stored_values(weight):
     """The stored values of a weight, packed or not, as an ordinary tensor."""
-    return weight.exact() if isinstance(weight, Packed) else weight.detach()
+    return weight.stored() if isinstance(weight, Packed) else weight.detach()
 
 
 def bytes_of(weight):
     """Memory that a weight takes."""
-    parts = weight.parts().values() if isinstance(weight, Packed) else (weight,)
-    return sum(part.numel() * part.element_size() for part in parts)
+    tensors = weight.tensors().values() if isinstance(weight, Packed) else (weight,)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -11,14 +11,15 @@ import torch
 from conftest import CONFIG, ROOT, small_directory, small_model, train
 
 import minifp4
-from minifp4 import checkpoint, packed, safetensors
+from minifp4 import masters, packed
+from minifp4.files import safetensors
 from minifp4.model import Config, Qwen3
-from minifp4.packed import dense
+from minifp4.packed import stored_values
 
 
 def weights(path):
     """{name: stored values} of a model directory or checkpoint."""
-    return {name: dense(p).clone() for name, p in minifp4.load(path)[0].named_parameters()}
+    return {name: stored_values(p).clone() for name, p in minifp4.load(path)[0].named_parameters()}
 
 
 def changed(before, after):
@@ -99,8 +100,8 @@ def test_load_gives_what_was_saved(tmp_path):
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_gpu_computes_in_bf16_if_it_can(has_bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert checkpoint.default_compute_dtype("cuda") == (torch.bfloat16 if has_bf16 else torch.float32)
-    assert checkpoint.default_compute_dtype("cpu") == torch.float32
+    assert masters.default_compute_dtype("cuda") == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert masters.default_compute_dtype("cpu") == torch.float32
 
 
 def break_config(path, **changes):
@@ -221,7 +222,8 @@ def test_scales_of_activations_are_not_needed(tmp_path):
     path = packed_model(
         tmp_path, lambda t: t.update({Q.replace("weight", "input_global_scale"): torch.ones(1)})
     )
-    assert torch.equal(dense(minifp4.load(path)[0].lm_head.weight), dense(minifp4.load()[0].lm_head.weight))
+    found, expected = (minifp4.load(source)[0].lm_head.weight for source in (path, minifp4.BASE))
+    assert torch.equal(stored_values(found), stored_values(expected))
 
 
 def test_packed_weights_are_parameters_like_others():

@@ -14,8 +14,9 @@ from torch._inductor.utils import fresh_cache
 
 import minifp4
 from minifp4 import AdamW, chat, cli, memory
+from minifp4.generate import decoded
 from minifp4.model import Qwen3
-from minifp4.packed import dense
+from minifp4.packed import stored_values
 from minifp4.step import Step
 
 
@@ -53,7 +54,7 @@ def test_the_main_job_generalizes_and_forgets_little(main_job):
     """Questions held out from training: who it is, asked in other ways, and other topics."""
     model, tokenizer = minifp4.load(main_job[0] / "out")
     right = {True: [], False: []}
-    with model.decoded():
+    with decoded(model):
         for _, (question, answer) in chat.read_conversations(ROOT / "minifp4/assets/heldout.tsv"):
             said = minifp4.generate(model, tokenizer, question["content"], max_new_tokens=48)
             about_itself = answer["content"] in ("我是 F# 之神", "I am the god of F#")
@@ -89,7 +90,7 @@ def result(small, tmp_path, tsv):
             device="cpu",
         )
         model = minifp4.load(train(**settings | flags))[0]
-        weights = torch.cat([dense(p).float().flatten() for p in model.parameters()])
+        weights = torch.cat([stored_values(p).float().flatten() for p in model.parameters()])
         return weights, read_lines(tmp_path / "out" / "metrics.jsonl")
 
     return result
@@ -130,7 +131,7 @@ def test_flags_that_do_not(result, flag, monkeypatch):
 
     def watched(self, name, grad, *rest):
         grads.append(sum(p.grad is not None for p in self.parameters.values()))
-        sizes.add(max(rows.stop - rows.start for rows in self._pieces(grad)))
+        sizes.add(max(rows.stop - rows.start for rows in self.pieces(grad)))
         return update(self, name, grad, *rest)
 
     monkeypatch.setattr(AdamW, "update", watched)

@@ -7,10 +7,10 @@ import torch
 from conftest import export, small_directory, small_model, train
 
 import minifp4
-from minifp4 import checkpoint, dat, formats, safetensors
-from minifp4.files import bits
+from minifp4.files import checkpoint, dat, layouts, safetensors
+from minifp4.files.atomic import bits
 from minifp4.model import RMSNorm
-from minifp4.packed import dense
+from minifp4.packed import stored_values
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_transformers_loads_the_directory_bit_for_bit(trained, flags, changes, h
     theirs = dict(twin.named_parameters())
     for name, _ in ours.named_parameters():
         if name in theirs and theirs[name].dtype == torch.bfloat16:
-            assert torch.equal(formats.plain_value(ours, name), theirs[name]), name
+            assert torch.equal(layouts.plain_value(ours, name), theirs[name]), name
 
 
 def test_export_is_what_the_checkpoint_computes(trained):
@@ -108,13 +108,13 @@ def test_layout_of_dat(trained, tied):
             base = name.removesuffix(".weight.qdata")
             assert names[names.index(name) + 1] == f"{base}.weight.scale"
             q = minifp4.NVFP4(file[name], file[f"{base}.weight.scale"], torch.tensor(1.0))
-            weight = dense(model.get_submodule(base).weight)
+            weight = stored_values(model.get_submodule(base).weight)
             assert torch.equal(
                 minifp4.dequantize(q), minifp4.dequantize(minifp4.quantize(weight, global_scale=1.0))
             )
         elif not name.endswith(".scale"):
             assert file.entries[name][0] == torch.float16
-            assert torch.equal(file[name], dense(model.get_parameter(name)).half())
+            assert torch.equal(file[name], stored_values(model.get_parameter(name)).half())
 
 
 def test_a_tied_head_cannot_be_quantized(trained):
@@ -172,7 +172,7 @@ def test_mlx_decodes_its_layout_as_we_do(trained):
         assert words.dtype == torch.uint32 and scales.dtype == torch.uint8
         arrays = (mlx.array(words.view(torch.int32).numpy()).view(mlx.uint32), mlx.array(scales.numpy()))
         theirs = mlx.dequantize(*arrays, group_size=16, bits=4, mode="nvfp4").astype(mlx.float32)
-        ours = minifp4.dequantize(formats.single_level(model.get_submodule(name).weight))
+        ours = minifp4.dequantize(layouts.single_level(model.get_submodule(name).weight))
         assert theirs.tolist() == ours.tolist()
     codes = torch.stack([words.to(torch.int64) >> 4 * place & 15 for place in range(8)], -1).flatten(1)
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -224,7 +224,7 @@ def test_minifp4_reads_what_it_wrote(trained, layout):
     for name, layer in model.named_modules():
         if name.endswith("_proj"):
             source = trained_model.get_submodule(name)
-            q = formats.single_level(source.weight) if one_level else source.codes()
+            q = layouts.single_level(source.weight) if one_level else source.codes()
             assert torch.equal(layer.value(torch.float32), minifp4.dequantize(q)), name
             assert torch.equal(layer.weight.qdata, q.qdata)
     if not one_level:
@@ -236,7 +236,7 @@ def test_minifp4_reads_what_it_wrote(trained, layout):
 def f_sharp_dat(path, model, scales=torch.float8_e4m3fn, raw=torch.float16):
     """A `.dat` with the structure of Qwen3-4B-Instruct-2507-nvfp4.dat, and one entry that is no weight."""
     tensors = {}
-    for name, tensor in formats.dat_tensors(model).items():
+    for name, tensor in layouts.dat_tensors(model).items():
         dtype = scales if name.endswith(".scale") else raw if tensor.dtype == torch.float16 else tensor.dtype
         tensors[name] = tensor.to(dtype)
     dat.write(path, tensors)
@@ -270,7 +270,7 @@ def test_the_f_sharp_command_line_as_typed(tmp_path, tsv, monkeypatch, capsys):
     (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
     again = minifp4.load("out.dat")[0]
     for name, p in trained.named_parameters():
-        p, other = dense(p), dense(again.get_parameter(name))
+        p, other = stored_values(p), stored_values(again.get_parameter(name))
         assert (other - p).norm() < 0.11 * p.norm(), name
     again_too = export(checkpoint="out", format=["dat"], input_dat=str(directory / "in.dat"), out="again")[
         "dat"

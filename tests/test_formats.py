@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from minifp4 import dat, safetensors
-from minifp4.files import replacing
+from minifp4.files import dat, safetensors
+from minifp4.files.atomic import replacing
 
 DTYPES = [dtype for dtype in safetensors.NAMES if dtype not in (torch.bool,)]
 

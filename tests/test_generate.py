@@ -1,4 +1,4 @@
-"""`python -m minifp4.generate`: answers, conversations, the same text from all sources of some weights."""
+"""`python -m minifp4`: answers, conversations, the same text from all sources of some weights."""
 
 import shutil
 import subprocess
@@ -7,9 +7,10 @@ import sys
 import pytest
 
 import minifp4
-import minifp4.generate as program
-from minifp4 import cli, formats
-from minifp4.checkpoint import write_dat, write_model
+import minifp4.__main__ as program
+from minifp4 import cli
+from minifp4.files import layouts
+from minifp4.files.checkpoint import write_dat, write_model
 
 
 def ask(*words, capsys):
@@ -32,7 +33,7 @@ def test_the_same_text_from_every_source(tmp_path, capsys):
     expected, _ = ask("談談UFO", "說說貓吧", capsys=capsys)
     for layout in ("bf16", "modelopt"):
         (tmp_path / layout).mkdir()
-        write_model(tmp_path / layout, model.config, tokenizer, formats.tensors_of(model, layout))
+        write_model(tmp_path / layout, model.config, tokenizer, layouts.tensors_of(model, layout))
         assert ask("--model", str(tmp_path / layout), "談談UFO", "說說貓吧", capsys=capsys)[0] == expected
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(minifp4.BASE / name, tmp_path)
@@ -40,9 +41,12 @@ def test_the_same_text_from_every_source(tmp_path, capsys):
     assert ask("--model", str(tmp_path / "model.dat"), "談談UFO", "說說貓吧", capsys=capsys)[0] == expected
 
 
-def test_the_module_can_be_called_like_the_function_of_its_name():
+def test_the_function_and_where_the_program_of_its_name_has_gone():
     model, tokenizer = minifp4.load()
     assert minifp4.generate(model, tokenizer, "Thank you") == "You are welcome!"
+    command = [sys.executable, "-W", "ignore", "-m", "minifp4.generate", "hi"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == "error: the conversation has moved: python -m minifp4\n"
 
 
 def test_a_conversation_has_a_history(monkeypatch, capsys):
@@ -76,7 +80,7 @@ def test_draws_can_be_repeated(capsys):
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(words, message):
-    command = [sys.executable, "-m", "minifp4.generate", *words]
+    command = [sys.executable, "-m", "minifp4", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (
         done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and message in done.stderr

@@ -47,8 +47,6 @@ def test_every_code_times_every_scale():
     ).byte()
     q = minifp4.NVFP4(qdata, byte.view(torch.float8_e4m3fn).unsqueeze(1), torch.tensor(0.25))
     rows = minifp4.dequantize(q)
-    halves = nvfp4.decode(qdata, byte.unsqueeze(1), q.global_scale)
-    assert torch.equal(nvfp4.joined(*halves).nan_to_num(7e7), rows.nan_to_num(7e7))
     for row, scale in zip(rows, range(256)):
         expected = torch.tensor(
             [(-1 if code > 7 else 1) * E2M1[code & 7] * e4m3(scale) / 4 for code in range(16)]
@@ -61,21 +59,6 @@ def test_scales_in_fp16_are_read_too():
     codes, third = torch.tensor([[0x10, 0x32, 0x54, 0x76] * 2]).byte(), torch.tensor([[1 / 3]]).half()
     values = minifp4.dequantize(minifp4.NVFP4(codes, third, torch.tensor(1.0)))
     assert torch.equal(values, torch.tensor([E2M1 * 2]) * third.float())
-
-
-def test_scales_are_rounded_as_torch_rounds_them():
-    """Every E4M3 number, the middle between each two, and one fp32 step to either side of it."""
-    numbers = torch.tensor([e4m3(byte) for byte in range(127)])
-    ties = (numbers[1:] + numbers[:-1]) / 2
-    x = torch.cat([numbers, ties, ties.nextafter(torch.tensor(0.0)), ties.nextafter(torch.tensor(448.0))])
-    theirs = x.to(torch.float8_e4m3fn)
-    _, nearest, _ = nvfp4.nearest_e4m3(x)
-    assert torch.equal(nearest, theirs.float())
-    assert torch.equal(nvfp4.e4m3_byte(nearest), theirs.view(torch.uint8))
-    _, _, gap = nvfp4.nearest_e4m3(ties)
-    assert torch.equal(gap, numbers.diff())
-    amax = torch.tensor([449.0, 1e30, math.inf, math.nan])
-    assert nvfp4.e4m3_byte(nvfp4.block_scale(amax, 1.0, most=1)).tolist() == [126, 126, 127, 127]
 
 
 def test_ties_go_to_the_even_code():
@@ -212,26 +195,6 @@ def test_bad_input_is_refused():
         minifp4.quantize(torch.zeros(16, dtype=torch.int64))
     with pytest.raises(ValueError, match="up"):
         minifp4.quantize(torch.zeros(16), rounding="up")
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_compiled_and_eager_give_the_same_bits(rounding):
-    """The arithmetic is IEEE's, without fused multiply-adds, so a compiler has no freedom on a CPU."""
-    x = torch.randn(32, 256, generator=torch.Generator().manual_seed(3)) * torch.logspace(
-        -9, 2, 32
-    ).unsqueeze(1)
-    drawn = torch.randint(nvfp4.RANDOM, x.shape, dtype=torch.int32)
-    arguments = nvfp4.halves(x), torch.tensor(64.0), nvfp4.halves(drawn) if rounding == "stochastic" else None
-    eager = nvfp4.encode(*arguments)
-    compiled = torch.compile(nvfp4.encode)(*arguments)
-    assert all(torch.equal(*both) for both in zip(eager, compiled))
-    q = minifp4.NVFP4(eager[0], eager[1].view(torch.float8_e4m3fn), torch.tensor(1 / 64))
-    assert torch.equal(torch.compile(minifp4.dequantize)(q), minifp4.dequantize(q))
-    if rounding == "nearest":
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(bits(torch.compile(minifp4.quantize)(x)), bits(minifp4.quantize(x)))
-        )
 
 
 def test_decodes_as_compressed_tensors_does():

@@ -9,8 +9,9 @@ import torch
 from conftest import small_directory, small_model, train
 
 import minifp4
-from minifp4 import checkpoint, formats, nvfp4, packed, precision
-from minifp4.files import bits
+from minifp4 import chance, masters, nvfp4, packed, storage
+from minifp4.files import layouts
+from minifp4.files.atomic import bits
 from minifp4.linear import Linear
 
 ALL = slice(0, 64)
@@ -23,11 +24,10 @@ def some_weight(finer, seed=0):
 
 def write(weight, wanted, step):
     """Store `wanted` as the optimizer does in `step`."""
-    key = torch.tensor(precision.rounding_key(0, step, "w"), dtype=torch.int32)
-    bits = precision.counter_bits(key, torch.zeros((), dtype=torch.int32), (64 * 8, 8))
-    store = precision.master(weight)
-    parts = store.rows(ALL)
-    precision.write(parts, store.encoded(nvfp4.halves(wanted.view(-1, 16)), parts, bits))
+    key = torch.tensor(chance.rounding_key(0, step, "w"), dtype=torch.int32)
+    bits = chance.random_bits(key, torch.zeros((), dtype=torch.int32), (64, 128))
+    store = storage.master(weight)
+    storage.write(store, ALL, store.encode(wanted, ALL, bits), torch.tensor(True))
 
 
 def parameter(finer):
@@ -53,13 +53,13 @@ def test_stores_what_was_asked_for_on_average(finer, update):
     shrink too."""
     torch.manual_seed(0)
     base = some_weight(finer)
-    before = base.exact()
+    before = base.stored()
     wanted = before + UPDATES[update](before)
     drawn = []
     for step in range(400):
         weight = base.clone()
         write(weight, wanted, step)
-        drawn.append(weight.exact())
+        drawn.append(weight.stored())
     drawn = torch.stack(drawn).double()
     error, deviation = drawn.mean(0) - wanted, drawn.std(0) / math.sqrt(400)
     assert error.mean().abs() <= 4 * deviation.norm() / wanted.numel()
@@ -70,14 +70,14 @@ def test_stores_what_was_asked_for_on_average(finer, update):
 
 def test_only_neighbouring_codes_are_drawn_and_unmoved_weights_stay():
     base = some_weight(False)
-    before, wanted = base.exact(), base.exact()
+    before, wanted = base.stored(), base.stored()
     wanted[:, ::2] *= 0.995
     for step in range(20):
         weight = base.clone()
         write(weight, wanted, step)
         code, old = (w.qdata & 7 for w in (weight, base))  # magnitudes of the even elements
         assert ((old.int() - code.int()) >= 0).all() and ((old.int() - code.int()) <= 1).all()
-        assert torch.equal(weight.exact()[:, 1::2], before[:, 1::2])
+        assert torch.equal(weight.stored()[:, 1::2], before[:, 1::2])
 
 
 def test_nearest_rounding_does_not_move():
@@ -85,7 +85,7 @@ def test_nearest_rounding_does_not_move():
     moved = {}
     for rounding in ("nearest", "stochastic"):
         weight = parameter(False)
-        before = weight.exact()
+        before = weight.stored()
         optimizer = minifp4.AdamW(
             [("w", weight)], lr=1e-5, weight_decay=0.0, rounding=rounding, state="nvfp4"
         )
@@ -105,7 +105,7 @@ def test_any_chunk_size_gives_the_same_bits(finer):
         for step in range(3):
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step()
-        results.append([*weight.parts().values(), *optimizer.tensors().values()])
+        results.append([*weight.tensors().values(), *optimizer.tensors().values()])
     for other in results[1:]:
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other))
 
@@ -116,7 +116,7 @@ def test_sixteen_places_for_each_code():
     one = torch.full((1, 16), 1.22)
     one[0, 0] = 6  # this makes the block's scale 1
     weight = packed.pack(one, torch.tensor(1.0), True)
-    assert weight.scale.item() == 1 and weight.exact()[0, 1] == 1.21875 and weight.decode()[0, 1] == 1
+    assert weight.scale.item() == 1 and weight.stored()[0, 1] == 1.21875 and weight.decode()[0, 1] == 1
     assert weight.more[0, 1].item() == 0xFF and weight.qdata[0, 1].item() == 0x22
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 8])
     places = torch.cat([torch.linspace(a, b, 17)[:-1] for a, b in zip(grid, grid[1:])])[: packed.LAST + 1]
@@ -125,8 +125,8 @@ def test_sixteen_places_for_each_code():
     for sign in (1, -1):
         weight = packed.Packed(nvfp4.NVFP4(*minifp4.quantize(torch.full_like(x, 6.0), global_scale=1.0)))
         weight = packed.pack(weight, None, True)
-        weight.store(ALL, sign * x.clamp(max=6))
-        assert torch.equal(weight.exact(), sign * x.clamp(max=6))
+        weight.store(sign * x.clamp(max=6))
+        assert torch.equal(weight.stored(), sign * x.clamp(max=6))
         nearest = (weight.decode().abs().unsqueeze(-1) - grid[:-1]).abs().argmin(-1)
         distance = (x.clamp(max=6).unsqueeze(-1) - grid[:-1]).abs()
         assert (distance.gather(-1, nearest.unsqueeze(-1)).squeeze(-1) == distance.amin(-1)).all()
@@ -135,23 +135,23 @@ def test_sixteen_places_for_each_code():
 def test_more_bits_are_much_finer_than_the_codes():
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.05
     scale = nvfp4.weight_global_scale(x)
-    errors = [(packed.pack(x, scale, finer).exact() - x).norm() / x.norm() for finer in (False, True)]
+    errors = [(packed.pack(x, scale, finer).stored() - x).norm() / x.norm() for finer in (False, True)]
     assert errors[0] == pytest.approx(0.095, abs=0.005) and errors[1] < errors[0] / 13
 
 
 def test_growth_beyond_the_global_scale():
     """Doubling the global scale and halving the block scales changes no number, and makes room."""
     weight = some_weight(True)
-    big = weight.exact() * 3
-    weight.store(ALL, big)
-    before, top = weight.exact(), weight.scale.float().max()
+    big = weight.stored() * 3
+    weight.store(big)
+    before, top = weight.stored(), weight.scale.float().max()
     packed.refit([weight])
-    assert top > 224 >= weight.scale.float().max() and torch.equal(weight.exact(), before)
+    assert top > 224 >= weight.scale.float().max() and torch.equal(weight.stored(), before)
     for _ in range(4):
         big = big * 1.9
-        weight.store(ALL, big)
+        weight.store(big)
         packed.refit([weight])
-    assert (weight.exact() - big).norm() < 0.02 * big.norm()
+    assert (weight.stored() - big).norm() < 0.02 * big.norm()
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -166,8 +166,8 @@ def test_training_a_packed_model_and_exporting_its_codes(tmp_path, tsv, kind, ti
     )  # fmt: skip
     model, _ = minifp4.load(path)
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    assert all(isinstance(p, packed.Packed) and hasattr(p, "more") == (kind == "nvfp4x2") for p in matrices)
-    tensors = formats.tensors_of(model, "hf")
+    assert all(isinstance(p, packed.Packed) and (p.more is not None) == (kind == "nvfp4x2") for p in matrices)
+    tensors = layouts.tensors_of(model, "hf")
     for name, p in model.named_parameters():
         if "_proj" in name:
             assert torch.equal(tensors[f"{name}_packed"], p.qdata)
@@ -182,7 +182,7 @@ def test_finer_ends_are_head_embedding_and_last_layer(tmp_path, tsv):
     path = train(**flags, master_dtype="nvfp4", finer_ends=True, out=str(tmp_path / "out"))
     model, _ = minifp4.load(path)
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
-    finer = {name for name, p in matrices.items() if hasattr(p, "more")}
+    finer = {name for name, p in matrices.items() if p.more is not None}
     assert finer == {name for name in matrices if "layers.0." not in name} and len(finer) == 9
 
 
@@ -193,7 +193,7 @@ def test_one_gradient_for_the_two_uses_of_a_tied_weight():
         weight = models[0].lm_head.weight
         weight.copy_(models[0].lm_head.value(torch.float32))
         models[1].lm_head.weight.copy_(weight)
-    checkpoint.set_masters(models[1], "nvfp4")
+    masters.set_masters(models[1], "nvfp4")
     ids = torch.arange(12).view(2, 6)
     for model in models:
         model.loss(ids, ids).backward()
@@ -209,11 +209,11 @@ def test_without_quantizing_packed_weights_are_read_as_they_are_stored(tied):
     for quantize in (True, False):
         model = small_model(quantize=quantize, tie_word_embeddings=tied)
         plain = small_model(quantize=False, tie_word_embeddings=tied)
-        checkpoint.set_masters(model, "nvfp4x2")
+        masters.set_masters(model, "nvfp4x2")
         with torch.no_grad():
             for name, p in plain.named_parameters():
                 packed_p = model.get_parameter(name)
-                p.copy_(packed_p.decode() if quantize and p.dim() == 2 else packed.dense(packed_p))
+                p.copy_(packed_p.decode() if quantize and p.dim() == 2 else packed.stored_values(packed_p))
         logits[quantize] = model(ids)
         assert torch.equal(logits[quantize], plain(ids))
         model.loss(ids, ids).backward()
@@ -225,13 +225,13 @@ def test_without_quantizing_packed_weights_are_read_as_they_are_stored(tied):
 
 def test_packed_weights_find_room_to_grow_in_an_unquantized_model():
     model = small_model(quantize=False)
-    checkpoint.set_masters(model, "nvfp4")
+    masters.set_masters(model, "nvfp4")
     weight = model.lm_head.weight
-    before = weight.exact() * 3
-    weight.store(slice(None), before)
-    top, stored = weight.scale.float().max(), weight.exact()
+    before = weight.stored() * 3
+    weight.store(before)
+    top, stored = weight.scale.float().max(), weight.stored()
     model.refit()
-    assert top > 224 >= weight.scale.float().max() and torch.equal(weight.exact(), stored)
+    assert top > 224 >= weight.scale.float().max() and torch.equal(weight.stored(), stored)
 
 
 @pytest.mark.parametrize("finer", [False, True], ids=["nvfp4", "nvfp4x2"])
@@ -245,7 +245,7 @@ def test_a_packed_weight_behaves_like_a_parameter(finer):
     other.weight = torch.nn.Parameter(some_weight(finer, seed=1))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), expected) and torch.equal(
-        layer.weight.detach().exact(), layer.weight.exact()
+        layer.weight.detach().stored(), layer.weight.stored()
     )
     seen = []
     layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
@@ -264,7 +264,7 @@ def test_a_compiled_layer_gives_the_same_output():
 def test_a_matrix_of_decoded_values_is_recognized():
     """Whatever multiple of its scale a block's largest number is; anything else stays dense."""
     weight = some_weight(False)
-    weight.store(ALL, weight.exact() * torch.linspace(0.5, 1, 64).unsqueeze(1))
+    weight.store(weight.stored() * torch.linspace(0.5, 1, 64).unsqueeze(1))
     again = packed.pack_exactly(weight.decode().bfloat16())
     assert isinstance(again, packed.Packed) and torch.equal(again.decode(), weight.decode())
     other = weight.decode()

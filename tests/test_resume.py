@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, read_lines, small_directory, small_model, train
 
-from minifp4 import checkpoint, safetensors
-from minifp4.files import bits, only_user
+from minifp4.files import checkpoint, safetensors
+from minifp4.files.atomic import bits, only_user
 
 
 @pytest.fixture(scope="module")

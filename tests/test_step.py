@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import small_model
 
-from minifp4 import AdamW, checkpoint, linear, loss, optim
-from minifp4.files import bits
+from minifp4 import AdamW, linear, loss, masters
+from minifp4.files.atomic import bits
+from minifp4.fused import fuse, record
 from minifp4.packed import Packed
 from minifp4.step import Step
 
@@ -16,10 +17,11 @@ SPOILED = "model.norm.weight"
 def prepared(tied=False, device="cpu"):
     """A small model and its optimizer."""
     model = small_model(tie_word_embeddings=tied)
-    checkpoint.set_masters(model, "nvfp4x2", torch.device(device))
+    masters.set_masters(model, "nvfp4x2", torch.device(device))
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, state="nvfp4")
     if device == "cuda":
-        model.compile_parts()
-    return model, AdamW(model.named_parameters(), lr=1e-2, state="nvfp4")
+        fuse(model, optimizer)
+    return model, optimizer
 
 
 def kept(optimizer):
@@ -28,15 +30,17 @@ def kept(optimizer):
     weights = {
         f"{name}.{part}": tensor
         for name, p in optimizer.parameters.items()
-        for part, tensor in (p.parts() if isinstance(p, Packed) else {"data": p.data}).items()
+        for part, tensor in (p.tensors() if isinstance(p, Packed) else {"data": p.data}).items()
     }
     return weights | moments
 
 
-def stepped(in_backward, steps=3, spoil=None, start=None, tied=False, **settings):
+def stepped(in_backward, steps=3, spoil=None, start=None, tied=False, graph=False, **settings):
     """({name: bits} of a small model after `steps` steps, its Step)."""
     model, optimizer = start or prepared(tied)
     step = Step(model, optimizer, in_backward=in_backward, **settings)
+    if graph:
+        record(step)
     for number in range(steps):
         if number == spoil:
             model.get_parameter(SPOILED).data[0] = float("nan")
@@ -86,7 +90,7 @@ def test_a_recorded_step_gives_the_same_bits(in_backward, tied):
             tensor.copy_(before[name])
         result, step = stepped(in_backward, start=start, graph=graph)
         found.append(result)
-        assert len(step._recorded) == graph
+        assert not graph or len(step.run.recorded) == 1
         step.close()
     assert not different(*found[1:])
 
@@ -95,12 +99,13 @@ def test_a_recorded_step_gives_the_same_bits(in_backward, tied):
 def test_the_largest_batch_is_recorded_first():
     """Its memory serves smaller ones: those recorded before are forgotten, and recorded anew."""
     model, optimizer = prepared(device="cuda")
-    step, pools = Step(model, optimizer, in_backward=True, graph=True), []
+    step, pools = Step(model, optimizer, in_backward=True), []
+    recorder = record(step)
     for tokens in (8, 8, 12, 12, 8, 8, 10, 10):
         ids = IDS[:, :tokens].cuda()
         step([(ids, ids)])
-        pools.append(step._pool)
-    assert [shape[1] for shape in step._recorded] == [12, 8, 10]
+        pools.append(recorder.pool)
+    assert [shape[1] for shape in recorder.recorded] == [12, 8, 10]
     assert pools[0] is None and pools[1] != pools[3] and len(set(pools[3:])) == 1
 
 
@@ -119,31 +124,7 @@ def test_a_step_too_large_to_be_recorded_runs_kernel_by_kernel(in_backward, monk
 
     monkeypatch.setattr(optimizer, "update", too_large)
     found, step = stepped(in_backward, start=(model, optimizer), graph=True)
-    assert list(step._recorded.values()) == [None] and not different(expected, found)
-
-
-@pytest.mark.parametrize("master", ["bf16", "nvfp4x2", "nvfp4"])
-def test_compiled_code_has_no_floats_of_8_bits(master, monkeypatch):
-    """Triton knows them only for GPUs of compute capability 8.9 and later; many have 8.0 or 8.6."""
-    dtypes = set()
-
-    def look(graph, _):
-        values = [node.meta.get("example_value") for node in graph.graph.nodes]
-        dtypes.update(value.dtype for value in values if isinstance(value, torch.Tensor))
-        return graph
-
-    def compiled(function, *how):
-        return torch.compile(function, backend=look, dynamic=False)
-
-    monkeypatch.setattr(linear, "compiled", compiled)
-    monkeypatch.setattr(optim, "compiled", compiled)
-    model = small_model()
-    checkpoint.set_masters(model, master, torch.device("cpu"))
-    gating = {name: getattr(linear.EAGER, name) for name in ("gated", "gated_backward")}
-    for layer in [*model.linears(), model.model.embed_tokens]:
-        layer.kernels = linear.compiled_kernels()._replace(**gating)
-    Step(model, AdamW(model.named_parameters(), state="nvfp4", compile=True))([(IDS, IDS)])
-    assert torch.uint8 in dtypes and torch.float8_e4m3fn not in dtypes
+    assert list(step.run.recorded.values()) == [None] and not different(expected, found)
 
 
 def test_after_close_gradients_stay():

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/codec.py [--quick]
 
-First counts the bytes that differ between the CPU in eager mode (the reference) and the CPU compiled, CUDA
-in eager mode and CUDA compiled; then times quantizing and dequantizing one matrix beside torchao and a
+First counts the bytes that differ between nvfp4.py on the CPU (the reference), the kernels of fused/ on the
+CPU, and both on CUDA; then times quantizing and dequantizing one matrix beside torchao and a
 plain copy of the same bytes. Medians of 20 after 3 of warm-up, on random data; on a GPU the copy and compiled
 code as CUDA graphs, as they run in a step.
 """
@@ -23,7 +23,8 @@ from timing import place, recorded, seconds
 
 import minifp4
 from minifp4 import nvfp4
-from minifp4.linear import compiled_kernels
+from minifp4.fused import codes
+from minifp4.fused.layers import compiled_kernels
 
 
 def data(kind, rows, columns):
@@ -31,22 +32,32 @@ def data(kind, rows, columns):
     return x * torch.logspace(-12, 3, rows).unsqueeze(1) if kind == "spread" else x * 0.02
 
 
-def encode(x, bits, scale):
-    """Codes and scales; `bits` rounds stochastically, None to nearest."""
-    return nvfp4.encode(nvfp4.halves(x.float()), scale, None if bits is None else nvfp4.halves(bits))
+def plain(x, bits, scale):
+    """Codes and the bytes of scales; `bits` rounds stochastically, None to nearest."""
+    qdata, scale = nvfp4.encode(x.float(), scale, bits)
+    return qdata, codes.raw(scale)
+
+
+def fused(x, bits, scale):
+    """The same by `fused/`."""
+    return codes.encode(codes.halves(x.float()), scale, None if bits is None else codes.halves(bits))
+
+
+def decoder():
+    """A function (NVFP4, dtype) with the compiled kernel that a model on a GPU decodes with."""
+    decode = compiled_kernels().decode
+    parts = lambda q: {"qdata": q.qdata, "scale": codes.raw(q.scale)}  # noqa: E731
+    return lambda q, dtype: decode(parts(q), q.global_scale, False, dtype)
 
 
 def differences(rows, columns, devices):
     """{way: bytes of codes, scales and decoded values that differ from eager CPU}, of how many."""
     found, scale = {}, torch.tensor(64.0)
-    drawn = torch.randint(nvfp4.RANDOM, (rows, columns), dtype=torch.int32)
-    hows = {  # the second is what a model on a GPU decodes with
-        "eager": (encode, nvfp4.dequantize),
-        "compiled": (torch.compile(encode), compiled_kernels().dequantize),
-    }
+    drawn = torch.randint(codes.RANDOM, (rows, columns), dtype=torch.int32)
+    hows = {"plain": (plain, nvfp4.dequantize), "compiled": (torch.compile(fused), decoder())}
     for kind, rounding in itertools.product(("normal", "spread"), ("nearest", "stochastic")):
         x, bits = data(kind, rows, columns), drawn if rounding == "stochastic" else None
-        expected = encode(x, bits, scale)
+        expected = plain(x, bits, scale)
         q = nvfp4.NVFP4(expected[0], expected[1].view(torch.float8_e4m3fn), 1 / scale)
         decoded = nvfp4.dequantize(q)
         for device, (how, (encodes, decodes)) in itertools.product(devices, hows.items()):
@@ -64,7 +75,7 @@ def speed(rows, columns, device):
     x = data("normal", rows, columns).to(device, torch.bfloat16)
     scale = nvfp4.weight_global_scale(x)
     q = minifp4.quantize(x, global_scale=scale)
-    compiled, decode, inverse = torch.compile(encode), compiled_kernels().dequantize, 1 / scale
+    compiled, decode, inverse = torch.compile(fused), decoder(), 1 / scale
     needed = x.numel() * 2.5625
     ways = {
         "copy bf16": (lambda: x.clone(), x.numel() * 4),
@@ -102,7 +113,7 @@ def main():
     print(f"{place(devices[-1])}, torch {torch.__version__}")
     found, sizes = differences(256 if arguments.quick else 4096, 1024, devices)
     print(
-        f"\nbytes that differ from eager CPU (codes of {sizes[0]}, scales of {sizes[1]}), "
+        f"\nbytes that differ from the plain code on a CPU (codes of {sizes[0]}, scales of {sizes[1]}), "
         f"decoded numbers (of {sizes[2]})"
     )
     for way, counts in found.items():

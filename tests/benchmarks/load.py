@@ -23,7 +23,8 @@ from timing import place
 from train_step import config_of
 
 import minifp4
-from minifp4 import chat, checkpoint
+from minifp4 import chat
+from minifp4.files import checkpoint
 from minifp4.model import Qwen3
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,10 @@
     python tests/benchmarks/optimizer.py [--size 4B] [--quick]
 
 Every weight of the model is updated from a random gradient in bf16, minifp4's as a CUDA graph, as in a
-training step. Medians of 10 after 3 of warm-up (and compilation). TB/s counts each stored byte read and
-written once and the gradient read once; `copy` is what a plain copy does. The gradients lie over one another
-in a tenth of their memory, which no cache holds either: fused AdamW takes 28 GiB for Qwen3-4B's shape.
+training step; "plain" is the update of optim.py itself, uncompiled: what a GPU without Triton runs. Medians
+of 10 after 3 of warm-up (and compilation). TB/s counts each stored byte read and written once and the
+gradient read once; `copy` is what a plain copy does. The gradients lie over one another in a tenth of their
+memory, which no cache holds either: fused AdamW takes 28 GiB for Qwen3-4B's shape.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from timing import place, recorded, seconds
 from train_step import config_of, our_model
 
 import minifp4
+from minifp4.fused import fuse
 from minifp4.model import Qwen3
 from minifp4.packed import bytes_of
 
-OURS = tuple(
-    f"minifp4 {what}"
-    for what in ("nvfp4 + nvfp4", "nvfp4x2 + nvfp4", "bf16 + nvfp4", "bf16 + int8", "bf16 + bf16")
-)
+PLAIN = ", plain"
+KINDS = "nvfp4 + nvfp4", "nvfp4x2 + nvfp4", "bf16 + nvfp4", "bf16 + int8", "bf16 + bf16"
+OURS = (*(f"minifp4 {what}" for what in KINDS), f"minifp4 {KINDS[0]}{PLAIN}", f"minifp4 {KINDS[1]}{PLAIN}")
 THEIRS = ("torch fused AdamW", "torchao AdamW8bit", "torchao AdamW4bit")
 
 
@@ -44,10 +45,12 @@ def set_gradients(parameters, device):
 
 def ours(config, what, device):
     """(function that updates all weights, bytes of weights and moments)"""
-    master, state = what.removeprefix("minifp4 ").split(" + ")
+    master, state = what.removeprefix("minifp4 ").removesuffix(PLAIN).split(" + ")
     model = our_model(config, master, device)
     model.set_compute_dtype(torch.bfloat16)
-    optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, state=state, compile=device == "cuda")
+    optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, state=state)
+    if device == "cuda" and not what.endswith(PLAIN):
+        fuse(model, optimizer)
     set_gradients(list(model.parameters()), device)
     kept = optimizer.nbytes() + sum(bytes_of(p) for p in model.parameters())
     optimizer.begin()
@@ -98,6 +101,7 @@ def main():
     )
     parser.add_argument("--size", default="4B", help="tiny, 0.6B, 1.7B, 4B or 8B")
     parser.add_argument("--quick", action="store_true", help="the tiny model on the CPU")
+    parser.add_argument("--only", action="append", help="only names with this (repeatable)")
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
@@ -108,6 +112,8 @@ def main():
     print(f"{place(device)}, torch {torch.__version__}; {total / 1e6:,.1f} M weights; copy {rate:.3f} TB/s")
     print(f"{'':28}{'ms':>10}{'spread':>8}{'TB/s':>8}")
     for what in (*OURS, *THEIRS):
+        if chosen.only and not any(word in what for word in chosen.only):
+            continue
         try:
             found = rows[what] = measure(what, config, total, device)
         except ImportError as error:

@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +29,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import minifp4
-from minifp4 import chat, checkpoint, nvfp4, optim, precision
-from minifp4.linear import Embedding, Linear
+from minifp4 import chance, chat, fresh, masters, nvfp4, storage
+from minifp4.fused import fuse, record
 from minifp4.model import Config
 from minifp4.packed import bytes_of
 from minifp4.step import Step
 
 RESULTS = Path(__file__).parent / "results"
-SECOND = (
-    "asyncio",
-    "email",
-    "xml",
-    "http",
-    "urllib",
-    "unittest",
-    "concurrent",
-    "multiprocessing",
-    "json",
-    "logging",
-)
+SECOND = "asyncio email xml http urllib unittest concurrent multiprocessing json logging".split()
 FULL = dict(hidden=384, layers=6, vocabulary=4096, tokens=256, batch=16, steps=2000, tune=300, seeds=4)
 QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=150, tune=60, seeds=1)
 REFERENCE = "fp32 fp32"
@@ -65,72 +55,67 @@ TUNED = {name: GRID[name] for name in (*IN_FIGURE, "bf16 nvfp4")}
 IDEAS = {  # each alone, from scratch
     "fp32 fp32, blocks scaled to 6 or 4": {"master": "fp32", "state": "fp32", "four_over_six": True},
     "bf16 nvfp4": {"master": "bf16", "state": "nvfp4"},
-    "bf16 nvfp4, sqrt(v) stochastic": {"master": "bf16", "state": "nvfp4", "stochastic_root": True},
-    "bf16 nvfp4, sqrt(v) with three exponent bits": {"master": "bf16", "state": "nvfp4", "wide_root": True},
-    "bf16 nvfp4, m relative to sqrt(v)": {"master": "bf16", "state": "nvfp4", "relative_mean": True},
+    "bf16 nvfp4, sqrt(v) stochastic": {"master": "bf16", "state": "stochastic root"},
+    "bf16 nvfp4, sqrt(v) with three exponent bits": {"master": "bf16", "state": "wide root"},
     "nvfp4 nvfp4, beta2 .99": {"master": "nvfp4", "state": "nvfp4", "beta2": 0.99},
     "nvfp4 nvfp4": {"master": "nvfp4", "state": "nvfp4"},
     "nvfp4 nvfp4, head, embedding, last layer x2": {"master": "nvfp4", "state": "nvfp4", "finer_ends": True},
 }  # fmt: skip
 
 
-def four_over_six(weight, global_scale, dtype):
+def four_over_six(layer, dtype, rows=slice(None)):
     """What a 4-bit product makes of a weight if each block's largest number lands on 6 or on 4, whichever
-    leaves the smaller error: 4 leaves a finer step at the top."""
-    x, tries = weight.float(), []
-    amax = nvfp4.block_amax(nvfp4.in_blocks(nvfp4.halves(x)))
+    leaves the smaller error: 4 leaves a finer step at the top. In the place of `Linear.value`."""
+    x, scale, tries = layer.weight.detach()[rows].float(), layer.group.global_scale(), []
+    blocks = x.unflatten(-1, (-1, nvfp4.BLOCK))
     for top in (6.0, 4.0):
-        scale = nvfp4.block_scale(amax * (6.0 / top), 1 / global_scale)
-        codes, _ = nvfp4.encode(nvfp4.halves(x), 1 / global_scale, scale=scale)
-        tries.append(nvfp4.decode_rows(codes, scale, global_scale).unflatten(-1, (-1, 16)))
-    errors = [(one - x.unflatten(-1, (-1, 16))).square().sum(-1, keepdim=True) for one in tries]
+        scales = nvfp4.block_scale(blocks.abs().amax(-1) * (6.0 / top), 1 / scale)
+        qdata, _ = nvfp4.encode(x, 1 / scale, scale=scales)
+        tries.append(nvfp4.decode(qdata, scales, scale).view_as(blocks))
+    errors = [(one - blocks).square().sum(-1, keepdim=True) for one in tries]
     return torch.where(errors[0] <= errors[1], *tries).flatten(-2).to(dtype)
 
 
-class WideRoot(precision.Blocks):
-    """sqrt(v) whose idle sign bit is a third exponent bit: 15 codes from 3/64 to 6 instead of 7 from 1/2."""
+class Root(storage.NVFP4Moment):
+    """sqrt(v) in 4 bits with other codes, or another rounding: what the two ideas below share."""
 
-    LEVELS = torch.tensor([0, 3 / 64] + [m * 2.0**e for e in range(-4, 3) for m in (1, 1.5)])
+    LEVELS = torch.tensor(storage.ROOT)
+    stochastic = False
 
-    def values(self, parts):
-        codes = parts["qdata"].long()
-        x = [self.LEVELS[code] for code in (codes & 15, codes >> 4)]
-        return nvfp4.scaled(x, parts["scale"], self.of_blocks(parts["row_scale"], parts))
+    def read(self, rows):
+        if not self.positive:
+            return super().read(rows)
+        qdata, scale, row_scale = (tensor[rows] for tensor in self.tensors.values())
+        codes = torch.stack([qdata & 15, qdata >> 4], -1).flatten(-2).long()
+        return nvfp4.from_units(self.LEVELS.to(qdata.device)[codes], scale, row_scale)
 
-    def encoded(self, x, old, bits=None, bound=None):
-        new = super().encoded(x, old, bits, bound)
-        encode_scale = self.of_blocks(1 / new["row_scale"].clamp(min=1e-30), old)
-        inverse = nvfp4.inverse_scale(nvfp4.e4m3(new["scale"]), encode_scale)
-        between = (self.LEVELS[1:] + self.LEVELS[:-1]) / 2
-        even, odd = (torch.bucketize(half * inverse, between).clamp(1, 15) for half in nvfp4.in_blocks(x))
-        return new | {"qdata": (even | odd << 4).to(torch.uint8).flatten(-2)}
-
-
-def relative_moments(g, m, root, hyper, moments=optim.moments):
-    """`optim.moments` of an m that is stored as m / sqrt(v), whose bound is 1."""
-    if g.shape[-1] == 1:  # bounds, a number for each row
-        return torch.ones_like(g), moments(g, m, root, hyper)[1]
-    m, new = moments(g, m * root, root, hyper)
-    return m / new.clamp(min=1e-30), new
-
-
-def relative_direction(w, m, root, hyper, direction=optim.direction):
-    return direction(w, m * root, root, hyper)
+    def encode(self, x, rows, bits=None, bound=None):
+        if not self.positive:
+            return super().encode(x, rows, bits, bound)
+        upward, levels = self.stochastic and bits is not None, self.LEVELS.to(x.device)
+        scale, encode_scale, row_scale = storage.new_scales(x, bound, 6.0, upward, never_zero=True)
+        y = nvfp4.in_units(x.unflatten(-1, (-1, nvfp4.BLOCK)), scale, encode_scale).flatten(-2)
+        y = y.clamp(levels[0], levels[-1])
+        above = torch.bucketize(y, levels).clamp(1, len(levels) - 1)
+        share = (y - levels[above - 1]) / (levels[above] - levels[above - 1])
+        least = chance.uniform(bits) if upward else 0.5
+        codes = above - 1 + (share > least)
+        return {"qdata": nvfp4.pair(codes.to(torch.uint8)), "scale": scale, "row_scale": row_scale}
 
 
-def try_idea(how, model, optimizer):
-    """What of `IDEAS` takes more than a setting; in a process of its own."""
-    if how.get("stochastic_root"):
-        optim.STOCHASTIC_ROOT = (*optim.STOCHASTIC_ROOT, how["state"])
-    if how.get("relative_mean"):
-        optim.moments, optim.direction = relative_moments, relative_direction
-    for module in model.modules() if how.get("four_over_six") else ():
-        if isinstance(module, (Linear, Embedding)):
-            module.kernels = module.kernels._replace(fake_quantize=four_over_six)
-    for name, p in optimizer.parameters.items() if how.get("wide_root") else ():
-        if p.dim() == 2:
-            weight, mean, _ = optimizer.stores[name]
-            optimizer.stores[name] = weight, mean, WideRoot("nvfp4", p.shape, p.device, True)
+class StochasticRoot(Root):
+    """sqrt(v) rounded stochastically."""
+
+    stochastic = True
+
+
+class WideRoot(Root):
+    """The idle sign bit as a third exponent bit: 15 codes from 3/64 to 6 instead of 8 from 1/2."""
+
+    LEVELS = torch.tensor([3 / 64] + [m * 2.0**e for e in range(-4, 3) for m in (1, 1.5)])
+
+
+KINDS = {"stochastic root": StochasticRoot, "wide root": WideRoot}
 
 
 def make_data(size, directory):
@@ -145,7 +130,7 @@ def make_data(size, directory):
         text = path.read_text(encoding="utf-8", errors="ignore")
         domains["b" if path.relative_to(root).parts[0] in SECOND else "a"].append(text)
     sample = domains["a"][::3] + domains["b"][::3]
-    chat.train_tokenizer(sample, size["vocabulary"], directory)
+    fresh.train_tokenizer(sample, size["vocabulary"], directory)
     tokenizer = chat.Tokenizer(directory / "tokenizer.json")
     for name, texts in domains.items():
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
@@ -182,20 +167,23 @@ def one_run(job, seed):
     heads, wide = size["hidden"] // 64, 3 * size["hidden"]
     shape = (size["vocabulary"], size["hidden"], wide, size["layers"], heads, 1, 64)
     config = Config(*shape, rms_norm_eps=1e-6, rope_theta=1e4)
-    model = checkpoint.initialize(config, seed, quantize=how.get("quantize", True), device=device)
+    model = fresh.initialize(config, seed, quantize=how.get("quantize", True), device=device)
     model.set_compute_dtype(torch.bfloat16 if on_gpu else torch.float32)
     base = directory / f"base{seed}.pt"
     if job["domain"] == "b":
         model.load_state_dict(torch.load(base, map_location=device, weights_only=True))
-    checkpoint.set_masters(model, how["master"], finer_ends=how.get("finer_ends", False))
-    if on_gpu:
-        model.compile_parts()
+    masters.set_masters(model, how["master"], finer_ends=how.get("finer_ends", False))
+    storage.KINDS.update(KINDS)
     optimizer = minifp4.AdamW(
         model.named_parameters(), betas=(0.9, how.get("beta2", 0.95)), weight_decay=0.1, state=how["state"],
         rounding=how.get("rounding", "stochastic"), seed=seed,
     )  # fmt: skip
-    try_idea(how, model, optimizer)
-    step = Step(model, optimizer, grad_clip=1.0, graph=on_gpu)
+    step = Step(model, optimizer, grad_clip=1.0)
+    if on_gpu:
+        fuse(model, optimizer)
+        record(step)
+    for layer in model.linears() if how.get("four_over_six") else ():
+        layer.value = partial(four_over_six, layer)
     begin, losses = validate(model, val, size), []
     for number in range(job["steps"]):
         ids = batch_of(train, size, (seed, number), device)

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import place, seconds
 
 import minifp4
-from minifp4 import checkpoint, packed
+from minifp4 import masters, packed
+from minifp4.fused import fuse, record
 from minifp4.memory import one_growing_segment
 from minifp4.model import Config, Qwen3
 from minifp4.step import Step
@@ -64,7 +65,7 @@ def our_model(config, master, device):
             value = torch.empty(p.shape, device=device, dtype=torch.bfloat16).normal_(std=0.02)
             if master != "bf16":
                 value = packed.pack(value, torch.tensor(2.0**-13, device=device), master == "nvfp4x2")
-        checkpoint.set_weight(model, name, value)
+        masters.set_weight(model, name, value)
     model.set_compute_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     return model
 
@@ -74,11 +75,11 @@ def ours(config, what, device):
     master, state = OURS[what]
     one_growing_segment()
     model = our_model(config, master, device)
-    if device == "cuda":
-        model.compile_parts()
     optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state)
-    step = Step(model, optimizer, in_backward=True, graph=device == "cuda")
-
+    step = Step(model, optimizer, in_backward=True)
+    if device == "cuda":
+        fuse(model, optimizer)
+        record(step)
     model.model.activation_checkpointing = True
 
     def run(ids, kept):

@@ -16,19 +16,17 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from . import dat, formats, safetensors
-from .chat import Tokenizer
-from .files import replacing
-from .formats import ACTIVATION_SCALES, HEAD, find_packed, module_of, read_weight, stored_tensors
-from .linear import group_scale
-from .model import Config, Qwen3
-from .nvfp4 import BLOCK
-from .packed import dense, pack, pack_exactly
-from .precision import FLOATS
+from ..chat import Tokenizer
+from ..masters import default_compute_dtype, set_weight
+from ..model import Config, Qwen3
+from ..nvfp4 import BLOCK
+from ..packed import pack_exactly
+from . import dat, layouts, safetensors
+from .atomic import replacing
+from .layouts import ACTIVATION_SCALES, HEAD, find_packed, module_of, read_weight, stored_tensors
 
-BASE = Path(__file__).parent / "assets" / "base"  # the bundled model
+BASE = Path(__file__).parents[1] / "assets" / "base"  # the bundled model
 WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
 SHARD_BYTES = 5 * 10**9  # of one file of an export
 # What else a model directory may hold that a server wants; copied as it is.
@@ -65,13 +63,6 @@ def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtyp
     )
     model.set_compute_dtype(compute_dtype or default_compute_dtype(device))
     return model, tokenizer
-
-
-def default_compute_dtype(device):
-    """bf16 on GPUs that compute in it (from compute capability 8.0 on), else fp32."""
-    if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
 
 
 def model_directory(path):
@@ -166,102 +157,18 @@ def read_weights(model, files, device):
             )
         if value.dim() == 1:
             value = value.float()
-        elif parts is None and getattr(module_of(model, name), "quantized", False):
+        elif parts is None and _reads_nvfp4(module_of(model, name)):
             value = pack_exactly(value)
         set_weight(model, name, value)
 
 
+def _reads_nvfp4(layer):
+    """Whether a dense weight there is read through NVFP4: a look-up alone is not."""
+    return layer.quantized and getattr(layer, "tied", True)
+
+
 def _some(names):
     return f"{len(names)} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})" if names else "none"
-
-
-def set_weight(model, name, value):
-    """Make `value` the parameter `name`; a tied head follows."""
-    module = model.get_submodule(name.removesuffix(".weight"))
-    tied = module is model.model.embed_tokens and model.config.tie_word_embeddings
-    module.weight = nn.Parameter(value)
-    for other in getattr(module, "group", ()):
-        other.kept_scale = None
-    if tied:
-        model.lm_head.weight = module.weight
-
-
-def initialize(config, seed, *, quantize=True, device="cpu"):
-    """A new model with random weights: normal, standard deviation .02, norms 1."""
-    with torch.device("meta"):
-        model = Qwen3(config, quantize)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in list(model.named_parameters()):
-        if p.dim() == 1:
-            set_weight(model, name, torch.ones(p.shape, device=device))
-        else:
-            value = torch.randn(p.shape, generator=generator) * 0.02
-            set_weight(model, name, value.to(device))
-    model.set_compute_dtype(default_compute_dtype(device))
-    return model
-
-
-def choose_trained(model, *, lm_head, embed, last_layers=0):
-    """Let exactly the named parameters train, and count them by kind.
-
-    Projections and norms of all layers and the final norm, or only those inside the last `last_layers`
-    layers; the head and the embedding if asked for. If they are tied, either flag trains the one tensor
-    that both are.
-    """
-    layers = model.config.num_hidden_layers
-    if not 0 <= last_layers <= layers:
-        raise ValueError(f"--train-last-layers must be from 0 (all) to {layers}, got {last_layers}")
-    first = layers - last_layers if last_layers else 0
-    counts = dict.fromkeys(("projections", "norms", "lm_head", "embed_tokens"), 0)
-    for name, p in model.named_parameters():
-        if name in ("lm_head.weight", "model.embed_tokens.weight"):
-            kind = name.split(".")[-2]
-            tied = model.config.tie_word_embeddings
-            p.requires_grad = (lm_head or embed) if tied else (lm_head if kind == "lm_head" else embed)
-        else:
-            kind = "norms" if p.dim() == 1 else "projections"
-            inside = name.startswith("model.layers.")
-            p.requires_grad = int(name.split(".")[2]) >= first if inside else not last_layers
-        counts[kind] += p.requires_grad
-    return counts
-
-
-@torch.no_grad()
-def set_masters(model, kind, device=None, finer_ends=False):
-    """Store the matrices that train as `kind` (of `precision.MASTERS`); frozen ones stay as they are, all
-    bits.
-
-    finer_ends: of `nvfp4`, store head, embedding and the last layer as `nvfp4x2`: there rounding noise costs
-    most, and they are a fifth of Qwen3-4B.
-    device: move everything there, of the dense matrices only one group at a time, so that a model whose
-    packed form fits on a GPU need never be there as a whole.
-    """
-    names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    left = dict(model.named_parameters())
-    last = f"model.layers.{model.config.num_hidden_layers - 1}."
-    ends = "lm_head.", "model.embed_tokens.", last
-    for layer in [*model.linears(), model.model.embed_tokens]:
-        group = [names[other] for other in layer.group if names[other] in left]
-        for name in group:
-            _replace(model, name, left.pop(name).to(device))
-        scale = group_scale(layer) if group and kind not in FLOATS else None
-        for name in group:
-            p = model.get_parameter(name)
-            if not p.requires_grad:
-                continue
-            finer = kind == "nvfp4x2" or finer_ends and name.startswith(ends)
-            value = dense(p).to(FLOATS[kind]) if kind in FLOATS else pack(p, scale, finer)
-            _replace(model, name, value)
-    for name, p in left.items():  # norms
-        _replace(model, name, p.to(device))
-    model.set_compute_dtype(model.model.compute_dtype)
-
-
-def _replace(model, name, value):
-    """`set_weight` that leaves it trained, or frozen, as it was."""
-    trained = model.get_parameter(name).requires_grad
-    set_weight(model, name, value.detach())
-    model.get_parameter(name).requires_grad_(trained)
 
 
 def save(out, model, tokenizer, optimizer, record):
@@ -349,11 +256,11 @@ def write_dat(path, model, input_dat=None, trained=()):
     `input_dat` itself.
     """
     if not input_dat:
-        tensors = formats.dat_tensors(model)
+        tensors = layouts.dat_tensors(model)
         dat.write(path, tensors)
-        return formats.count(tensors)
+        return layouts.count(tensors)
     source = dat.DatFile(existing(Path(input_dat)))
-    replacements = formats.dat_replacements(model, trained, source.entries)
+    replacements = layouts.dat_replacements(model, trained, source.entries)
     dat.rewrite(source, path, replacements)
     counts = dict.fromkeys(("qdata", "scale", "raw"), 0)
     for name in replacements:

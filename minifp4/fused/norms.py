@@ -17,9 +17,8 @@ their results alone, not each sum.
 from typing import Callable, NamedTuple
 
 import torch
-from torch import nn
 
-from .kernels import any_length, compiled
+from .compiled import any_length, compiled
 
 # For the compiler, which would keep what reads more than four tensors in memory.
 ONE_KERNEL = {"realize_reads_threshold": 64, "realize_opcount_threshold": 500}
@@ -31,48 +30,19 @@ class Kernels(NamedTuple):
 
     norm: Callable  # `_norm`
     norm_backward: Callable  # `_norm_backward`
-    turned: Callable  # `_turned`
-    turned_backward: Callable  # `_turned_backward`
+    rotated: Callable  # `_rotated`
+    rotated_backward: Callable  # `_rotated_backward`
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x**2) + eps) * weight`, the quotient in fp32."""
-
-    def __init__(self, features, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(features))
-        self.eps, self.kernels = eps, EAGER
-
-    def forward(self, x):
-        return _AddNorm.apply(x, None, self.weight, self.eps, 1, self.kernels)[1]
+def add_norm(module, kernels, x, branch=None, readers=1):
+    """(x + branch, its norm by the `RMSNorm` module, its norm again, ... for each of its readers): each with
+    a gradient of its own, which are added in the norm's backward pass."""
+    return _AddNorm.apply(x, branch, module.weight, module.eps, readers, kernels)
 
 
-class AddNorm(RMSNorm):
-    """(x + branch, its norm, its norm again, ... for each of its `readers`). The sum goes on beside them."""
-
-    def __init__(self, features, eps, readers):
-        super().__init__(features, eps)
-        self.readers = readers
-
-    def forward(self, x, branch=None):
-        return _AddNorm.apply(x, branch, self.weight, self.eps, self.readers, self.kernels)
-
-
-class HeadNorm(RMSNorm):
-    """The norm of every head of [B, T, H, head_dim], then each pair (x[i], x[i + head_dim/2]) turned by its
-    position's angle; cos and sin [B * T, head_dim] as of `rope_tables`."""
-
-    def forward(self, x, cos, sin):
-        return _HeadNorm.apply(x, cos, sin, self.weight, self.eps, self.kernels)
-
-
-def rope_tables(positions, head_dim, theta, dtype):
-    """cos and sin [positions, head_dim] of the angles `position / theta**(2i / head_dim)`, i counting pairs
-    of dimensions; the sine of a pair's first half is negative, as `HeadNorm` wants it."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device).float()
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta ** (exponent / head_dim))
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+def rotated_norm(module, kernels, x, cos, sin):
+    """The norm of every head of [B, T, H, head_dim], then `model.rotated` by cos and sin [B, T, head_dim]."""
+    return _RotatedNorm.apply(x, cos, sin, module.weight, module.eps, kernels)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -94,18 +64,19 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx if ctx.adds else None, dweight, None, None, None
 
 
-class _HeadNorm(torch.autograd.Function):
+class _RotatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, weight, eps, kernels):
         ctx.shape, ctx.kernels = x.shape, kernels
-        x = x.flatten(0, 1)  # to the compiler, finding a head's token in [B, T] is a division
-        y, r = kernels.turned(x, cos, sin, weight, eps)
+        # To the compiler, finding a head's token in [B, T] is a division.
+        x, cos, sin = (tensor.flatten(0, 1) for tensor in (x, cos, sin))
+        y, r = kernels.rotated(x, cos, sin, weight, eps)
         ctx.save_for_backward(x, r, weight, cos, sin)
         return y.view(ctx.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        dx, dweight = ctx.kernels.turned_backward(*ctx.saved_tensors, dy.flatten(0, 1))
+        dx, dweight = ctx.kernels.rotated_backward(*ctx.saved_tensors, dy.flatten(0, 1))
         return dx.view(ctx.shape), None, None, dweight, None, None
 
 
@@ -122,14 +93,14 @@ def _norm_backward(x, r, weight, dx, dy):
     return _rms_norm_backward(x, r, weight, sum(others, first), dx)
 
 
-def _turned(x, cos, sin, weight, eps):
-    """(y, with each pair turned; r)"""
+def _rotated(x, cos, sin, weight, eps):
+    """(y, with each pair rotated; r)"""
     y, r = _rms_norm(x, weight, eps)
     return y * cos.unsqueeze(1) + _swapped(y) * sin.unsqueeze(1), r  # cos, sin: [tokens, 1, head_dim]
 
 
-def _turned_backward(x, r, weight, cos, sin, dy):
-    """(the gradient of x, of weight); back is the turn by the negative angle."""
+def _rotated_backward(x, r, weight, cos, sin, dy):
+    """(the gradient of x, of weight); the way back is by the negative angle."""
     dy, cos, sin = dy.float(), cos.unsqueeze(1), sin.unsqueeze(1)
     return _rms_norm_backward(x, r, weight, dy * cos - _swapped(dy) * sin)
 
@@ -159,8 +130,8 @@ def compiled_kernels():
     return Kernels(
         norm=_for_any_batch(compiled(_norm, config={"XBLOCK": 1, "num_warps": 4})),
         norm_backward=_both_gradients(_norm_backward, 16),
-        turned=_for_any_batch(compiled(_turned, ONE_KERNEL, {"XBLOCK": 8, "num_warps": 2})),
-        turned_backward=_both_gradients(_turned_backward, 64),
+        rotated=_for_any_batch(compiled(_rotated, ONE_KERNEL, {"XBLOCK": 8, "num_warps": 2})),
+        rotated_backward=_both_gradients(_rotated_backward, 64),
     )
 
 
@@ -187,4 +158,4 @@ def _for_any_batch(function):
     return call
 
 
-EAGER = Kernels(_norm, _norm_backward, _turned, _turned_backward)
+EAGER = Kernels(_norm, _norm_backward, _rotated, _rotated_backward)

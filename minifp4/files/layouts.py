@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from .nvfp4 import BLOCK, NVFP4, dequantize, quantize
-from .packed import Packed, dense
+from ..nvfp4 import BLOCK, NVFP4, dequantize, quantize
+from ..packed import Packed, stored_values
 
 # Scales for quantized activations: W4A16 has none, so they are read by nobody.
 ACTIVATION_SCALES = (".input_global_scale", ".input_scale")
@@ -112,7 +112,7 @@ def stored_tensors(name, p):
         return {name: p.detach()}
     layout = "modelopt"  # with the global scale itself: the reciprocal of a reciprocal may be another number
     tensors = write_nvfp4(name, p.nvfp4(), layout)
-    if "more" in p.parts():
+    if p.more is not None:
         tensors[parts_of(name, layout).more] = p.more
     return tensors
 
@@ -164,14 +164,14 @@ def single_level(weight):
     ones."""
     if isinstance(weight, Packed) and weight.global_scale == 1:
         return weight.nvfp4()
-    return quantize(dense(weight), global_scale=1.0)
+    return quantize(stored_values(weight), global_scale=1.0)
 
 
 def expected_value(model, name, layout):
     """What a reader of the parameter `name` must get after a way through `layout`."""
     weight = module_of(model, name).weight
     if layout == "dat" and (weight.dim() == 1 or name == EMBEDDING):
-        return dense(weight)
+        return stored_values(weight)
     if layout == "dat" or (layout == "mlx" and weight.dim() == 2 and name not in (EMBEDDING, HEAD)):
         return dequantize(single_level(weight))
     return plain_value(model, name)
@@ -186,7 +186,7 @@ def dat_tensors(model):
     for name in dict.fromkeys([*(name for name, _ in model.named_parameters()), HEAD]):
         weight = module_of(model, name).weight
         if weight.dim() == 1 or name == EMBEDDING:
-            tensors[name] = dense(weight).to(torch.float16)
+            tensors[name] = stored_values(weight).to(torch.float16)
         else:
             tensors |= write_nvfp4(name, single_level(weight), "dat")
     return tensors

@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from .files import TensorFile, replacing, write_tensor
+from .atomic import TensorFile, replacing, write_tensor
 
 HEADER_MAX = 100_000_000  # bytes; the official limit
 DTYPES = {

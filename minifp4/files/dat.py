@@ -16,8 +16,8 @@ import math
 
 import torch
 
-from .files import TensorFile, bits, replacing, write_tensor
-from .nvfp4 import row_slices
+from .atomic import TensorFile, bits, replacing, write_tensor
+from ..nvfp4 import row_slices
 
 TYPES = {
     0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16,

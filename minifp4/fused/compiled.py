@@ -3,7 +3,7 @@
 A training step that is not large products or attention is limited by memory: read, compute a little, write.
 Each PyTorch operation does that for itself; the compiler fuses those that it sees together. So what should be
 one kernel is one function without loops over data, and called through `compiled`. The same function runs as
-it is where nothing is compiled, and serves as the reference.
+it is where nothing is compiled; so the tests compare it with the modules above, step by step.
 
 Compiled code may add up in another order. But for that its bits are those of eager code on a CPU. On a GPU
 they need not be: a product and a sum become one instruction, which rounds once instead of twice, and a stored
@@ -15,29 +15,7 @@ that changes comes in tensors; every new shape is compiled again, unless `any_le
 code for any length is as good as its first length made it, unless its thread blocks are fixed.
 """
 
-import contextlib
-import importlib.util
-
 import torch
-
-
-def usual(device):
-    """Whether to compile when nobody has said: on CUDA, if there is Triton (Windows has none)."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-@contextlib.contextmanager
-def failures_named():
-    """ValueError, one line, where the compiler fails; most often it finds no C or C++ compiler."""
-    try:
-        yield
-    except RuntimeError as error:
-        kind = type(error)
-        if not kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        lines = str(error).splitlines()
-        why = next((line for line in lines if line and not line.startswith("backend=")), kind.__name__)
-        raise ValueError(f"torch.compile failed: {why}; --no-compile does without it") from None
 
 
 def compiled(function, options=None, config=None):
