@@ -56,7 +56,12 @@ class Survey(NamedTuple):
     squares: torch.Tensor  # their sum, fp32 []
 
 
-def adamw(w, g, m, root, hyper):
+def limited(u):
+    """`u`, but never longer than MAX_UPDATE."""
+    return u.clamp(-MAX_UPDATE, MAX_UPDATE)
+
+
+def adamw(w, g, m, root, hyper, limited=limited):
     """(u + weight_decay * w, the new m, the new sqrt(v)): everything that AdamW is, element by element.
 
     `root` is sqrt(v). `x.rsqrt()` is 1 / sqrt(x), for which a GPU has an instruction.
@@ -65,7 +70,7 @@ def adamw(w, g, m, root, hyper):
     v = hyper.beta2 * root.square() + (1 - hyper.beta2) * hyper.grad_scale.square() * g.square()
     root = v * (v + FP32_MIN).rsqrt()
     u = m * (root * hyper.root_gain + hyper.eps).rsqrt().square()
-    return u.clamp(-MAX_UPDATE, MAX_UPDATE) + hyper.weight_decay * w, m, root
+    return limited(u) + hyper.weight_decay * w, m, root
 
 
 def update(stores, rows, grad, survey, bits, hyper, ok, movement):

@@ -62,9 +62,13 @@ def test_every_place_of_nvfp4x2():
     weight = packed.Packed(q, more.contiguous())
     parts = {name: codes.raw(tensor) for name, tensor in weight.tensors().items() if tensor.dim()}
     found = codes.joined(*codes.stored(parts, weight.global_scale, True))
-    code, further = (torch.stack([t % 16, t // 16], -1).flatten(-2) for t in (qdata, more))
-    there = (code % 8 > 0) | (further >= 8)  # nothing is below place 0
-    assert same(found[there], weight.stored()[there]) and there.sum() == 256 * 512 * 15 / 16
+    there = [(code % 8 > 0) | (further >= 8) for code, further in zip(halves(qdata), halves(more))]
+    there = (there[0] & there[1]).repeat_interleave(2, -1)  # nothing is stored below place 0
+    assert same(found[there], weight.stored()[there]) and there.sum() == 2 * 240 * 240
+
+
+def halves(byte):
+    return byte % 16, byte // 16
 
 
 def test_scales_are_rounded_as_torch_rounds_them():
@@ -90,11 +94,11 @@ def test_encoding_gives_the_same_bits(rounding):
     for kind in ("normal", "spread", "zero", "tiny", "huge", "ties", "nan"):
         x = data(kind)
         random = drawn(x.shape) if rounding == "stochastic" else None
-        halves = None if random is None else codes.halves(random)
+        random_halves = None if random is None else codes.halves(random)
         qdata, scale = nvfp4.encode(x, torch.tensor(64.0), random)
         meant = scale.float().isfinite().repeat_interleave(8, 1)
         for encode in (codes.encode, compiled):
-            found = encode(codes.halves(x), torch.tensor(64.0), halves)
+            found = encode(codes.halves(x), torch.tensor(64.0), random_halves)
             assert torch.equal(found[0][meant], qdata[meant]), kind
             assert torch.equal(found[1], codes.raw(scale)), kind
     assert not meant.all()  # of "nan"
@@ -185,6 +189,15 @@ def test_moments_find_the_scale_of_their_row(columns):
         twin = update.MomentTwin(store)
         found = codes.joined(*twin.values(twin.rows(slice(8, 40)))).view(-1, columns)
         assert torch.equal(found, store.read(slice(8, 40)))
+
+
+def test_each_block_finds_its_row():
+    """In fp32, up to the last block of a launch and beyond it."""
+    blocks = torch.arange(2 * update.LAUNCH // 16, dtype=torch.int32)
+    for k in (16, 48, 2560, 9728, 25600, 2**16):
+        twin = update.MomentTwin(storage.zeros("nvfp4", (1, k), "cpu"))
+        found = ((blocks + 0.5) * twin.rows_a_block).int()
+        assert torch.equal(found, blocks // (k // 16))
 
 
 def test_refit_gives_the_same_bits():

@@ -20,8 +20,9 @@ from . import codes
 from .codes import RANDOM, SIX, e4m3_byte, in_blocks, inverse_scale, paired, pairs, raw, scaled, unpaired
 from .compiled import any_length, compiled
 
-HALF = 0x3F000000  # the bits of .5 in fp32
-LAUNCH = 2**26  # weights that one kernel updates, at most: more are no faster, and `moved` needs memory
+HALF, FIVE = 0x3F000000, 0x40A00000  # the bits of .5 and of 5 (`optim.MAX_UPDATE`) in fp32
+LAUNCH = 2**25  # weights that one kernel updates, at most: more are no faster, and `MomentTwin.of_blocks`
+# is exact up to twice as many.
 # For the compiler, which would split `update`, and check in it that every block's row exists.
 ONE_KERNEL = {"max_fusion_size": 512, "assert_indirect_indexing": False, "realize_opcount_threshold": 100}
 A_BLOCK_A_THREAD = {"XBLOCK": 128, "num_warps": 4}  # so that threads exchange nothing
@@ -93,9 +94,11 @@ class MomentTwin:
 
     def __init__(self, store):
         self.tensors, self.positive = store.tensors, store.positive
+        device = self.tensors["scale"].device
         self.bits8 = isinstance(store, Int8Moment)
         self.most = store.most if self.bits8 else E2M1_MAX
-        self.blocks_a_row = self.tensors["scale"].shape[1]
+        # A tensor, so that one kernel serves rows of all lengths.
+        self.rows_a_block = 1 / torch.tensor(float(self.tensors["scale"].shape[1]), device=device)
 
     def rows(self, rows):
         parts = {name: tensor[rows] for name, tensor in self.tensors.items()}
@@ -105,9 +108,13 @@ class MomentTwin:
         return parts["row_scale"] * (self.most * E4M3_MAX / 2)
 
     def of_blocks(self, x, parts):
-        """A number for each row, [rows, 1] -> one for each block of `parts`, [blocks, 1]."""
-        blocks = torch.arange(len(parts["scale"]), device=x.device)
-        return x.index_select(0, blocks // self.blocks_a_row)
+        """A number for each row, [rows, 1] -> one for each block of `parts`, [blocks, 1].
+
+        A block's row is its number times the rows a block, rounded down. Half a block is added, more than the
+        product's rounding is off for the blocks of one launch.
+        """
+        blocks = torch.arange(len(parts["scale"]), dtype=torch.int32, device=x.device)
+        return x.index_select(0, ((blocks + 0.5) * self.rows_a_block).int())
 
     def values(self, parts):
         scales = parts["scale"], self.of_blocks(parts["row_scale"], parts)
@@ -160,6 +167,11 @@ class MomentTwin:
         return [(half * inverse).flatten(-2) for half in x], scale
 
 
+def limited(u):
+    """`optim.limited`: comparing the bits of magnitudes takes fewer instructions."""
+    return codes.limited(u, FIVE).view(torch.float32).copysign(u)
+
+
 TWINS = {Float: FloatTwin, Weight: WeightTwin, NVFP4Moment: MomentTwin, Int8Moment: MomentTwin}
 
 
@@ -176,7 +188,7 @@ def update(stores, parts, gradient, draw, hyper, ok, requested, stored):
     weight, mean, root = (store.values(part) for store, part in zip(stores, parts))
     old = [store.bound(part) for store, part in zip(stores[1:], parts[1:])]
     bounds = (None, None) if old[0] is None else adamw(0.0, gradient.largest, *old, hyper)[1:]
-    way, mean, root = zip(*[adamw(*half, hyper) for half in zip(weight, g, mean, root)])
+    way, mean, root = zip(*[adamw(*half, hyper, limited) for half in zip(weight, g, mean, root)])
     bits = mean_bits = None
     if draw is not None:  # one draw serves both: w its lower 22 bits, m its upper 22
         bits = random_halves(draw, g[0].shape)
@@ -234,11 +246,12 @@ class Update:
 
     def __init__(self, optimizer):
         self.optimizer, self.plain = optimizer, optimizer.update_rows
-        self.stores = {
-            name: [TWINS[type(store)](store) for store in stores]
-            for name, stores in optimizer.stores.items()
-            if all(type(store) in TWINS for store in stores)
-        }
+        self.stores = {}
+        for name, stores in optimizer.stores.items():
+            if all(type(store) in TWINS for store in stores):
+                twins = self.stores[name] = [TWINS[type(store)](store) for store in stores]
+                if isinstance(twins[1], MomentTwin):  # one tensor, so that a kernel finds rows once for both
+                    twins[2].rows_a_block = twins[1].rows_a_block
         self._update = compiled(update, ONE_KERNEL, A_BLOCK_A_THREAD)
         self._survey = compiled(survey)
 
