@@ -15,6 +15,17 @@ from minifp4.model import Config
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="more kills, more random files")
+
+
+@pytest.fixture
+def long(request):
+    """Whether to take one's time: a few tests repeat until chance has had enough of it."""
+    return request.config.getoption("--long")
+
+
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",

@@ -1,5 +1,6 @@
 """The two programs as a user meets them: the main job, every flag, and mistakes."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -12,7 +13,10 @@ import torch
 from conftest import ROOT, export, read_lines, small_directory, small_model, train
 from torch._inductor.utils import fresh_cache
 
+import export as export_program
 import minifp4
+import minifp4.__main__
+import train as train_program
 from minifp4 import AdamW, chat, cli, memory
 from minifp4.generate import decoded
 from minifp4.model import Qwen3
@@ -144,7 +148,8 @@ def test_flags_that_do_not(result, flag, monkeypatch):
 
 def test_compiling_changes_rounding_only(result, monkeypatch):
     """The loss follows the uncompiled run's, and no code is compiled again after the second step."""
-    plain = result(grad_clip=0.0)[1]
+    how = dict(grad_clip=0.0, steps=4, sample_mode="sequential", batch_size=3)
+    plain = result(**how)[1]
     counts, call = [], Step.__call__
     compiled = torch._dynamo.utils.counters["stats"]
 
@@ -155,9 +160,8 @@ def test_compiling_changes_rounding_only(result, monkeypatch):
 
     monkeypatch.setattr(Step, "__call__", watched)
     torch._dynamo.reset()
-    metrics = result(compile=True, steps=5, sample_mode="sequential", batch_size=3)[1]
-    assert counts[0] > 5 and counts[2:] == [counts[1]] * 3
-    metrics = result(compile=True, grad_clip=0.0)[1]
+    metrics = result(compile=True, **how)[1]
+    assert counts[0] > 5 and counts[2:] == [counts[1]] * 2
     assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in plain], rel=0.02)
     assert metrics[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
 
@@ -324,6 +328,25 @@ def test_export_of_the_newest_or_of_a_named_checkpoint(small, tsv, tmp_path):
         assert path == tmp_path / "exported" / "hf"
         logits.append(minifp4.load(path)[0](torch.arange(5).view(1, -1)))
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[1], logits[2])
+
+
+def test_the_readme_names_the_kinds_and_flags_that_there_are():
+    """Its table of precisions is the code's, and every flag in it belongs to one of the programs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("## Precisions, and why")[1].split("##")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "`--" in line]
+    kinds = {flag.strip("`"): tuple(kinds.split(", ")) for _, flag, kinds, *_ in rows}
+    assert kinds.pop("--quantize") == ("NVFP4", "or as stored")
+    fields = {cli.spellings(field.name)[0]: field for field in dataclasses.fields(train_program.Settings)}
+    assert kinds == {flag: tuple(fields[flag].metadata["choices"]) for flag in kinds} and len(kinds) == 3
+    for flag, default in ((flag.strip("`"), default) for _, flag, _, default, _ in rows):
+        assert fields[flag].default in (default, None, True)
+    programs = train_program, export_program, minifp4.__main__
+    known = {word for program in programs for field in dataclasses.fields(program.Settings)
+             for word in cli.spellings(field.name)}  # fmt: skip
+    named = set(re.findall(r"(?<![-|])--[a-z][a-z-]+", text))
+    elsewhere = {"--help", "--local-dir", "--long", "--part", "--jobs", "--seeds"}  # hf, pytest, quality.py
+    assert named - elsewhere <= known
 
 
 def test_help_lists_every_setting_in_groups():

@@ -137,7 +137,7 @@ import torch
 torch.set_num_threads(1)
 import train
 settings = {settings!r}
-for round in range(20):
+for round in range({kills}):
     child = os.fork()
     if child == 0:
         os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
@@ -151,20 +151,20 @@ for round in range(20):
 @pytest.mark.skipif(
     not hasattr(os, "fork"), reason="starts its runs with fork, which this system does not have"
 )
-def test_kill_minus_nine_never_loses_a_checkpoint(settings, tmp_path):
-    """Twenty runs, each killed at another moment, most of them while they write: the newest always loads,
-    goes on."""
-    out = tmp_path / "out"
+def test_kill_minus_nine_never_loses_a_checkpoint(settings, tmp_path, long):
+    """Five runs (or twenty), each killed at another moment, most of them while they write: the newest always
+    loads, and goes on."""
+    out, kills = tmp_path / "out", 20 if long else 5
     train(**settings, steps=1)
-    code = KILLED.format(root=str(ROOT), settings=settings)
+    code = KILLED.format(root=str(ROOT), settings=settings, kills=kills)
     steps = [1]
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as server:
         try:
-            for moment in range(20):
+            for moment in range(kills):
                 child, deadline = int(server.stdout.readline()), time.monotonic() + 30
                 while newest_step(out) == steps[-1] and time.monotonic() < deadline:  # until it has gone on
                     time.sleep(0.01)
-                time.sleep(0.007 * moment)
+                time.sleep(0.14 * moment / kills)
                 os.kill(child, signal.SIGKILL)
                 assert int(server.stdout.readline()) == signal.SIGKILL
                 steps.append(newest_step(out))
