@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import minifp4
-from minifp4 import chat, fresh, masters
+from minifp4 import chat, masters, vocabulary
 from minifp4.cli import (
     check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings
 )  # fmt: skip
@@ -114,27 +114,16 @@ def main(settings):
         step = make_step(model, optimizer, settings, memory)
     describe(settings, model, counts, optimizer, examples, cut)
     record = {"trained": list(optimizer.parameters), "settings": asdict(asked), "data": digest(settings)}
-    written = {}
-
-    def save(number):
-        if number in written:
-            return
-        with memory.phase("save"):
-            state = {"step": number, **record}
-            written[number] = checkpoint.save(settings.out, model, tokenizer, optimizer, state)
-        for old in sorted(written)[: -settings.keep]:
-            remove(written.pop(old))
-
+    save = Saver(settings, step, tokenizer, record, memory)
     with only_user(Path(settings.out)), compiler_failures_named():
         prompts = test_prompts(settings)
         with memory.phase("answer"):
             answers = ask("before", model, tokenizer, prompts, settings)
         train(step, tokenizer, examples, settings, start, save, memory)
         step.close()
+        path = save(settings.steps)  # before anything else can go wrong
         with memory.phase("answer"):
             ask("after", model, tokenizer, prompts, settings, answers)
-        save(settings.steps)
-        path = written[settings.steps]
         print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
         if settings.output_dat:
             checkpoint.write_dat(Path(settings.output_dat), model, settings.input_dat, optimizer.parameters)
@@ -143,6 +132,27 @@ def main(settings):
             report_memory(Path(settings.memory_report), memory, step)
     print("next    python export.py" + (f" --checkpoint {path}" if settings.out != "out" else ""))
     return path
+
+
+class Saver:
+    """`path = save(step)`: the checkpoint of a step of this run, written once; older ones of it are removed.
+
+    record: what train.json says beside the step.
+    """
+
+    def __init__(self, settings, step, tokenizer, record, memory):
+        self.settings, self.step, self.tokenizer, self.record = settings, step, tokenizer, record
+        self.memory, self.written = memory, {}
+
+    def __call__(self, number):
+        if number not in self.written:
+            with self.memory.phase("save"):
+                state, parts = {"step": number, **self.record}, (self.step.model, self.tokenizer)
+                path = checkpoint.save(self.settings.out, *parts, self.step.optimizer, state)
+                self.written[number] = path
+            for old in sorted(self.written)[: -self.settings.keep]:
+                remove(self.written.pop(old))
+        return self.written[number]
 
 
 def find_start(settings):
@@ -216,10 +226,10 @@ def prepare_model(settings, source, device):
             directory = Path(settings.out)
             conversations = chat.read_conversations(settings.train_data)
             texts = [message["content"] for _, messages in conversations for message in messages]
-            fresh.train_tokenizer(texts, config.vocab_size, directory)
+            vocabulary.train_tokenizer(texts, config.vocab_size, directory)
         tokenizer = chat.Tokenizer(directory / "tokenizer.json")
         config.source |= {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end_of_text}
-        model = fresh.initialize(config, settings.seed, **how)
+        model = masters.initialize(config, settings.seed, **how)
     else:
         input_dat = None if source else settings.input_dat
         if not source:
@@ -253,16 +263,17 @@ def choose_weights(model, settings, source, device):
 
 
 def make_optimizer(model, settings):
-    return minifp4.AdamW(
+    optimizer = minifp4.AdamW(
         model.named_parameters(),
         learning_rate(settings),
         (settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
         state=settings.optimizer_state,
         rounding=settings.rounding,
-        chunk_rows=settings.step_chunk_rows,
         seed=settings.seed,
     )
+    optimizer.chunk_rows = settings.step_chunk_rows
+    return optimizer
 
 
 def make_step(model, optimizer, settings, memory):
@@ -292,11 +303,8 @@ def learning_rate(settings, step=None):
         return top * (step + 1) / settings.warmup
     if settings.schedule == "constant":
         return top
-    return (
-        top
-        * 0.5
-        * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
-    )
+    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)  # of the way down
+    return top * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def train(step, tokenizer, examples, settings, start, save, memory):

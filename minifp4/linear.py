@@ -40,7 +40,7 @@ class Group:
 
     def global_scale(self):
         """The scale of dense weights: measured after each step, not at every use."""
-        return self.measure() if self.kept_scale is None else self.kept_scale
+        return self.measure() if self.kept_scale is None else self.kept_scale.to(self.layers[0].weight.device)
 
     def refit(self):
         """After a step: packed weights that have grown get a larger scale; that of dense ones is measured."""

@@ -6,8 +6,24 @@ Everything that is not chosen stays as it is, bit for bit, in the precision of i
 import torch
 from torch import nn
 
+from .model import Qwen3
 from .packed import pack, stored_values
 from .storage import FLOATS
+
+
+def initialize(config, seed, *, quantize=True, device="cpu"):
+    """A new model with random weights: normal, standard deviation .02, norms 1."""
+    with torch.device("meta"):
+        model = Qwen3(config, quantize)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in list(model.named_parameters()):
+        if p.dim() == 1:
+            set_weight(model, name, torch.ones(p.shape, device=device))
+        else:
+            value = torch.randn(p.shape, generator=generator) * 0.02
+            set_weight(model, name, value.to(device))
+    model.set_compute_dtype(default_compute_dtype(device))
+    return model
 
 
 def default_compute_dtype(device):

@@ -140,10 +140,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim, hidden = layer, config.head_dim, config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         pairs = config.num_key_value_heads * config.head_dim
-        fused = Group()
-        self.q_proj = Linear(hidden, queries, quantize, fused)
-        self.k_proj = Linear(hidden, pairs, quantize, fused)
-        self.v_proj = Linear(hidden, pairs, quantize, fused)
+        together = Group()  # servers fuse the three
+        self.q_proj = Linear(hidden, queries, quantize, together)
+        self.k_proj = Linear(hidden, pairs, quantize, together)
+        self.v_proj = Linear(hidden, pairs, quantize, together)
         self.o_proj = Linear(queries, hidden, quantize)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -176,9 +176,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config, quantize):
         super().__init__()
-        hidden, wide, fused = config.hidden_size, config.intermediate_size, Group()
-        self.gate_proj = Linear(hidden, wide, quantize, fused)
-        self.up_proj = Linear(hidden, wide, quantize, fused)
+        hidden, wide, together = config.hidden_size, config.intermediate_size, Group()
+        self.gate_proj = Linear(hidden, wide, quantize, together)
+        self.up_proj = Linear(hidden, wide, quantize, together)
         self.down_proj = Linear(wide, hidden, quantize)
 
     def forward(self, x):

@@ -110,13 +110,14 @@ class AdamW:
 
     parameters: (name, parameter) pairs; the names seed the rounding, and frozen parameters are skipped.
     state: one of `storage.KINDS`, for both moments of matrices.
-    rounding: "stochastic", or "nearest" for all that is stored.
-    chunk_rows: rows that are in fp32 at once; the result is the same for every choice. 0: as fast as
-    possible.
+    rounding: "stochastic", or "nearest" for all that is stored; seed: of the former.
+
+    The attribute `chunk_rows` says how many rows are in fp32 at once (0: as many as are fast). The result is
+    the same for every choice.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, state="fp32",
-                 rounding="stochastic", chunk_rows=0, seed=0):  # fmt: skip
+                 rounding="stochastic", seed=0):  # fmt: skip
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f'rounding must be "nearest" or "stochastic", got {rounding!r}')
         self.parameters = {name: p for name, p in parameters if p.requires_grad}
@@ -124,7 +125,7 @@ class AdamW:
             raise ValueError("no parameter requires a gradient: nothing to train")
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.stochastic, self.state = rounding == "stochastic", state
-        self.chunk_rows, self.seed, self.steps = chunk_rows, seed, 0
+        self.chunk_rows, self.seed, self.steps = 0, seed, 0
         self._numbers = {name: number for number, name in enumerate(self.parameters)}
         self.stores = {name: self._stores(p) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
@@ -135,7 +136,8 @@ class AdamW:
         self.zero = torch.zeros((), dtype=torch.int32, device=device)
         self.true = torch.ones((), dtype=torch.bool, device=device)
         self._surveys, self.squares = {}, torch.zeros((), device=device)
-        self.movement = torch.zeros(2, 1, dtype=torch.float64, device=device)  # requested, and stored
+        # Requested and stored; more columns are added up like the first (`fused/` has many).
+        self.movement = torch.zeros(2, 1, dtype=torch.float64, device=device)
 
     def _stores(self, p):
         """The storages of a parameter, its m and its sqrt(v)."""
@@ -211,9 +213,13 @@ class AdamW:
             self.update_rows(name, place, grad[rows], mine, hyper, ok)
 
     def survey(self, grad):
-        """The `Survey` of a gradient [rows, K], whose squares are also added to `squares`."""
+        """The `Survey` of a gradient [rows, K], whose squares are also added to `squares`.
+
+        Clipping multiplies every gradient by their sum, so its last bit matters: it is added up in the same
+        order whatever `chunk_rows` is, and in pairs of columns, as `fused/` does.
+        """
         largest, total = [], 0.0
-        for rows in row_chunks(grad):  # whatever `chunk_rows` is: the sum's last bit depends on the pieces
+        for rows in row_chunks(grad):
             squares = grad[rows].float().square()
             piece = (squares[:, 0::2] + squares[:, 1::2]).sum(1).sum()
             self.squares += piece

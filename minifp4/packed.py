@@ -85,13 +85,13 @@ class Packed(torch.Tensor):
         x = x.unflatten(-1, (-1, BLOCK))  # [rows, in] -> [rows, in/16, 16]
         bits = None if bits is None else bits.view(x.shape)
         amax, unit = x.abs().amax(-1), old.float() * self.global_scale
-        fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
+        scale_fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
         if bits is None or self.more is not None:
             new_scale = block_scale(amax, encode_scale)
         else:
             chance = bits[..., 0] >> 10 ^ bits[..., 1]  # bits of two numbers that their codes do not use
-            new_scale, x = _stochastic_scale(x, amax, self.global_scale, chance, fits)
-        scale = torch.where(fits, old, new_scale)
+            new_scale, x = _stochastic_scale(x, amax, self.global_scale, chance, scale_fits)
+        scale = torch.where(scale_fits, old, new_scale)
         y = in_units(x, scale, encode_scale)
         if self.more is None:
             return {"qdata": pair(e2m1_code(y, bits).flatten(-2)), "scale": scale}
@@ -155,7 +155,7 @@ def place_table():
 PLACE_TABLE = place_table()
 
 
-def _stochastic_scale(x, amax, global_scale, chance, fits):
+def _stochastic_scale(x, amax, global_scale, chance, scale_fits):
     """New block scales, rounded stochastically, and `x` with numbers beyond 6 times the smaller one
     adjusted.
 
@@ -167,7 +167,7 @@ def _stochastic_scale(x, amax, global_scale, chance, fits):
     smaller = torch.where(nearest.float() > exact, neighbour(nearest, -1), nearest)
     larger = neighbour(smaller, 1)
     share = (exact - smaller.float()) / (larger.float() - smaller.float())
-    up = ((chance & 2**DRAWS - 1) < share * 2**DRAWS) & ~fits
+    up = ((chance & 2**DRAWS - 1) < share * 2**DRAWS) & ~scale_fits
     # What is beyond the limit grows by 1 / share; where `up` is not, nothing is beyond.
     limit = torch.where(up, E2M1_MAX * smaller.float() * global_scale, torch.inf).unsqueeze(-1)
     growth = torch.where(up, 1 / share - 1, 0.0).unsqueeze(-1)

@@ -56,6 +56,8 @@ class Float:
     """fp32, bf16 or fp16, over a tensor that may be somebody else's (a parameter)."""
 
     def __init__(self, data):
+        if data.shape[1] % 2:
+            raise ValueError(f"rows must have an even number of columns, got {tuple(data.shape)}")
         self.tensors = {"data": data}
 
     def bound(self, rows):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import minifp4
-from minifp4 import fresh
+from minifp4 import masters
 from minifp4.files import checkpoint
 from minifp4.model import Config
 
@@ -47,7 +47,7 @@ CONFIG = {
 
 def small_model(quantize=True, seed=0, **changes):
     """A Qwen3 with random weights, large enough to matter: norms are not all ones, logits not all alike."""
-    model = fresh.initialize(Config.from_dict(CONFIG | changes), seed, quantize=quantize)
+    model = masters.initialize(Config.from_dict(CONFIG | changes), seed, quantize=quantize)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import minifp4
-from minifp4 import chat, fresh
+from minifp4 import chat, vocabulary
 from minifp4.loss import IGNORE
 
 
@@ -123,7 +123,7 @@ def test_padding_is_on_the_right_and_not_learned():
 
 def test_a_tokenizer_made_from_texts_reads_them_back(tmp_path):
     texts = ["我是 F# 之神", "numbers 1234 and\nlines"] * 20
-    fresh.train_tokenizer(texts, 300, tmp_path)
+    vocabulary.train_tokenizer(texts, 300, tmp_path)
     tokenizer = chat.Tokenizer(tmp_path / "tokenizer.json")
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in [*texts, "ünseen 😀"])
     assert tokenizer.largest < 300

@@ -147,7 +147,8 @@ def trained(kind, state, rounding, wing, chunk_rows=0, columns=208):
     x = torch.randn(24, columns, generator=generator) * torch.logspace(-4, 0, 24).unsqueeze(1)
     weight = nn.Parameter(MASTERS[kind](x))
     weight.grad_dtype = torch.bfloat16
-    optimizer = AdamW([("w", weight)], state=state, rounding=rounding, chunk_rows=chunk_rows)
+    optimizer = AdamW([("w", weight)], state=state, rounding=rounding)
+    optimizer.chunk_rows = chunk_rows
     if wing != "plain":
         update.fuse_optimizer(optimizer)
     for number, (lr, size) in enumerate([(1e-3, 1.0), (0.3, 1.0), (1e-2, 1e-9), (0.3, -1.0), (1e-2, 1e6)]):

@@ -90,7 +90,8 @@ def test_any_chunk_size_gives_the_same_bits(state, dtype):
     results = []
     for chunk_rows in (0, 1, 5, 32):
         weight, loss = problem(dtype)
-        optimizer = minifp4.AdamW([("w", weight)], state=state, chunk_rows=chunk_rows)
+        optimizer = minifp4.AdamW([("w", weight)], state=state)
+        optimizer.chunk_rows = chunk_rows
         descend(weight, loss, optimizer, 4)
         results.append([weight.detach(), *optimizer.tensors().values()])
     for other in results[1:]:

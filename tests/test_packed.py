@@ -101,7 +101,8 @@ def test_any_chunk_size_gives_the_same_bits(finer):
     results = []
     for chunk_rows in (0, 1, 7):
         weight = parameter(finer)
-        optimizer = minifp4.AdamW([("w", weight)], lr=1e-3, state="nvfp4", chunk_rows=chunk_rows)
+        optimizer = minifp4.AdamW([("w", weight)], lr=1e-3, state="nvfp4")
+        optimizer.chunk_rows = chunk_rows
         for step in range(3):
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step()

@@ -29,7 +29,7 @@ E2M1_UNIT, E4M3_UNIT = 2.0**14, 2.0**8  # how much more an exponent means there 
 E4M3_NAN = 480.0  # stands for NaN where scales are numbers: it would have the byte that NaN has
 BOTH = 0x00010001  # times a number: the same number in both halves of an int32
 RANDOM = 2**DRAWS  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
-FURTHER = 4  # bits of `nvfp4x2` beyond a code's
+MORE = 4  # bits of `nvfp4x2` beyond a code's
 
 
 def halves(x):
@@ -188,11 +188,11 @@ def limited(y, most):
     return magnitude_bits(y).clamp(max=most)
 
 
-def rounded(y, bits, most, further=0):
+def rounded(y, bits, most, more=0):
     """Round |y| (fp32, limited to a number whose bits are `most`) to a code: int32 >= 0, of which bits 28 to
     30 are the code and those below mean nothing.
 
-    further: mantissa bits beyond E2M1's one, for a finer grid (`Packed.more`); they are the bits below.
+    more: mantissa bits beyond E2M1's one, for a finer grid (`Packed.more`); they are the bits below.
 
     Below 2 codes are 1/2 apart, from 2 to 4 they are 1 apart, and 4 and 6 are 2 apart.
 
@@ -204,7 +204,7 @@ def rounded(y, bits, most, further=0):
     random bits below rounds up with the probability of the fraction, and what has only zeros there, a number
     on the grid, never moves.
     """
-    place = 22 - further
+    place = 22 - more
     if bits is None:
         magnitude = limited(y, most)
         exponent = (magnitude & EXPONENT).clamp(min=ONE)
@@ -217,14 +217,14 @@ def rounded(y, bits, most, further=0):
     return steps + (bits & (1 << place) - 1) << 6
 
 
-def fp16_bits(numbers, signs, further=0):
+def fp16_bits(numbers, signs, more=0):
     """The bits of an fp16 number that is E2M1's times 2**-14; `signs`: bit 3 of the codes alone.
 
     An E2M1 number is an fp16 number whose other bits are 0: put its sign, exponent and mantissa bits there.
     What is left to correct is the exponent's bias, 15 instead of 1. Codes 0 and 1 come out right as fp16
     subnormals.
     """
-    return numbers << 9 - further | signs << 12
+    return numbers << 9 - more | signs << 12
 
 
 def stored(parts, global_scale, finer):
@@ -236,8 +236,8 @@ def stored(parts, global_scale, finer):
     if not finer:
         return decode(codes, scale, global_scale)
     codes, more = spread(codes), spread(parts["more"])
-    places = ((codes & 7 * BOTH) << FURTHER) + more - PLACES // 2 * BOTH  # none is below 0
-    bits = fp16_bits(places, codes & 8 * BOTH, FURTHER)
+    places = ((codes & 7 * BOTH) << MORE) + more - PLACES // 2 * BOTH  # none is below 0
+    bits = fp16_bits(places, codes & 8 * BOTH, MORE)
     return scaled(both_fp16(bits), scale, global_scale * E2M1_UNIT)
 
 
@@ -257,30 +257,30 @@ def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
     old, encode_scale = e4m3(parts["scale"]), 1 / global_scale
     amax = block_amax(in_blocks(x))
     unit = old * global_scale
-    fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
+    scale_fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
     if bits is None or finer:
-        fresh = block_scale(amax, encode_scale)
+        new_scale = block_scale(amax, encode_scale)
     else:
-        fresh, x = _stochastic_scale(x, amax, global_scale, block_bits, fits)
-    scale = torch.where(fits, old, fresh)
+        new_scale, x = _stochastic_scale(x, amax, global_scale, block_bits, scale_fits)
+    scale = torch.where(scale_fits, old, new_scale)
     if finer:
         return {"scale": e4m3_byte(scale)} | _places(x, scale, encode_scale, bits)
     return dict(zip(("qdata", "scale"), encode(x, encode_scale, bits, scale)))
 
 
 def _places(x, scale, encode_scale, bits):
-    """The codes and the further bits of `nvfp4x2`."""
+    """The codes and the four more bits of `nvfp4x2`."""
     inverse, nibbles = inverse_scale(scale, encode_scale), []
     for half, drawn in zip(in_blocks(x), (None, None) if bits is None else in_blocks(bits)):
         y = half * inverse
-        place = (rounded(y, drawn, SEVEN, FURTHER) >> 28 - FURTHER).clamp(max=LAST) + PLACES // 2
+        place = (rounded(y, drawn, SEVEN, MORE) >> 28 - MORE).clamp(max=LAST) + PLACES // 2
         sign = y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
-        nibbles.append((place >> FURTHER | sign, place & PLACES - 1))
+        nibbles.append((place >> MORE | sign, place & PLACES - 1))
     qdata, more = ((even | odd << 4).to(torch.uint8).flatten(-2) for even, odd in zip(*nibbles))
     return {"qdata": qdata, "more": more}
 
 
-def _stochastic_scale(x, amax, global_scale, block_bits, fits):
+def _stochastic_scale(x, amax, global_scale, block_bits, scale_fits):
     """New block scales, rounded stochastically, and `x` with numbers beyond 6 times the smaller one
     adjusted.
 
@@ -290,14 +290,14 @@ def _stochastic_scale(x, amax, global_scale, block_bits, fits):
     exact, nearest, gap = nearest_e4m3(amax * (1 / global_scale / E2M1_MAX))
     below = torch.where(nearest > exact, nearest - gap, nearest)
     share = (exact - below) / gap
-    up = ((block_bits & RANDOM - 1) < share * RANDOM) & fits.logical_not()
+    up = ((block_bits & RANDOM - 1) < share * RANDOM) & scale_fits.logical_not()
     # What is beyond the limit grows by 1 / share; where `up` is not, nothing is beyond.
     limit = torch.where(up, E2M1_MAX * below * global_scale, torch.inf).unsqueeze(-1)
-    further = torch.where(up, 1 / share - 1, 0.0).unsqueeze(-1)
+    growth = torch.where(up, 1 / share - 1, 0.0).unsqueeze(-1)
 
     def adjusted(blocks):
         beyond = (blocks.abs() - limit).view(torch.int32).clamp(min=0).view(torch.float32)
-        return (blocks + (beyond * further).copysign(blocks)).flatten(-2)
+        return (blocks + (beyond * growth).copysign(blocks)).flatten(-2)
 
     scale = torch.where(amax < torch.inf, torch.where(up, below + gap, below), E4M3_NAN)
     return scale, [adjusted(blocks) for blocks in in_blocks(x)]

@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import minifp4
-from minifp4 import chance, chat, fresh, masters, nvfp4, storage
+from minifp4 import chance, chat, masters, nvfp4, storage, vocabulary
 from minifp4.fused import fuse, record
 from minifp4.model import Config
 from minifp4.packed import bytes_of
@@ -130,7 +130,7 @@ def make_data(size, directory):
         text = path.read_text(encoding="utf-8", errors="ignore")
         domains["b" if path.relative_to(root).parts[0] in SECOND else "a"].append(text)
     sample = domains["a"][::3] + domains["b"][::3]
-    fresh.train_tokenizer(sample, size["vocabulary"], directory)
+    vocabulary.train_tokenizer(sample, size["vocabulary"], directory)
     tokenizer = chat.Tokenizer(directory / "tokenizer.json")
     for name, texts in domains.items():
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
@@ -167,7 +167,7 @@ def one_run(job, seed):
     heads, wide = size["hidden"] // 64, 3 * size["hidden"]
     shape = (size["vocabulary"], size["hidden"], wide, size["layers"], heads, 1, 64)
     config = Config(*shape, rms_norm_eps=1e-6, rope_theta=1e4)
-    model = fresh.initialize(config, seed, quantize=how.get("quantize", True), device=device)
+    model = masters.initialize(config, seed, quantize=how.get("quantize", True), device=device)
     model.set_compute_dtype(torch.bfloat16 if on_gpu else torch.float32)
     base = directory / f"base{seed}.pt"
     if job["domain"] == "b":
@@ -253,7 +253,7 @@ def plot(results, path):
     print(f"wrote {path}")
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -264,7 +264,11 @@ def main():
     parser.add_argument("--seeds", type=int, help="runs of each kind")
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json", help="where the results go")
     parser.add_argument("--plot", type=Path, help="draw the figure from this JSON, run nothing")
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    chosen = arguments()
     if chosen.plot:
         plot(json.loads(chosen.plot.read_text()), chosen.plot.with_suffix(".png"))
         return

@@ -1,13 +1,10 @@
-"""A model from nothing: random weights, and a tokenizer learned from the texts that will train it."""
+"""A tokenizer learned from the texts that will train a new model, and the template that servers read."""
 
 import json
 
 import tokenizers
-import torch
 
 from .chat import SPECIAL_TOKENS
-from .masters import default_compute_dtype, set_weight
-from .model import Qwen3
 
 # How Qwen splits text before BPE: words with one leading space, single digits, punctuation, line breaks.
 SPLIT = (
@@ -21,21 +18,6 @@ CHAT_TEMPLATE = (  # `Tokenizer.prompt`, in the Jinja that servers read
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def initialize(config, seed, *, quantize=True, device="cpu"):
-    """A new model with random weights: normal, standard deviation .02, norms 1."""
-    with torch.device("meta"):
-        model = Qwen3(config, quantize)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in list(model.named_parameters()):
-        if p.dim() == 1:
-            set_weight(model, name, torch.ones(p.shape, device=device))
-        else:
-            value = torch.randn(p.shape, generator=generator) * 0.02
-            set_weight(model, name, value.to(device))
-    model.set_compute_dtype(default_compute_dtype(device))
-    return model
 
 
 def train_tokenizer(texts, vocab_size, directory):
