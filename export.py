@@ -21,9 +21,9 @@ import torch
 import minifp4
 from minifp4.cli import check, groups, run
 from minifp4.files import checkpoint, dat, layouts
-from minifp4.files.atomic import replacing
-from minifp4.nvfp4 import dequantize
+from minifp4.files.atomic import bits, replacing
 
+MARK = "minifp4.json"  # in every directory that is written here
 FORMATS = ("hf", "modelopt", "mlx", "dat")
 
 
@@ -81,14 +81,15 @@ def export_directory(model, tokenizer, layout, path, settings):
     """Write the directory `path`; returns it."""
     head = settings.quantize_head and layout != "mlx"
     tensors, keys = layouts.tensors_of(model, layout, head), layouts.config_keys(layout, head)
-    with replacing(path) as aside:
+    with replacing(path, MARK) as aside:
         aside.mkdir()
         checkpoint.write_model(aside, model.config, tokenizer, tensors, keys, int(settings.shard_gb * 1e9))
         if layout == "modelopt":
             checkpoint.write_json(aside / "hf_quant_config.json", layouts.modelopt_keys(head))
-    if settings.verify:
-        for file in checkpoint.open_weights(path):
-            verify(file, model, layout)
+        checkpoint.write_json(aside / MARK, {"version": minifp4.__version__, "layout": layout})
+        if settings.verify:  # before it takes the place of an earlier one
+            for file in checkpoint.open_weights(aside):
+                verify(file, model, layout, path)
     report(layout, path, layouts.count(tensors), settings.verify)
     return path
 
@@ -96,22 +97,28 @@ def export_directory(model, tokenizer, layout, path, settings):
 def export_dat(model, source, path, input_dat, verified):
     """Write a new .dat, or `input_dat` with the trained entries replaced; returns its path."""
     trained = checkpoint.read_json(source / "train.json").get("trained", []) if input_dat else []
-    counts = checkpoint.write_dat(path, model, input_dat, trained)
-    if verified and not input_dat:  # else `write_dat` has compared with both, the checkpoint and `input_dat`
-        verify(dat.DatFile(path), model, "dat")
+    with replacing(path) as aside:
+        counts = checkpoint.write_dat(aside, model, input_dat, trained)
+        if verified and not input_dat:  # else `write_dat` has compared with the checkpoint and `input_dat`
+            verify(dat.DatFile(aside), model, "dat", path)
     report("dat", path, counts, verified)
     return path
 
 
-def verify(file, model, layout):
-    """Compare every parameter in `file`, decoded, with the checkpoint's after a way through `layout`: all
-    bits."""
+def verify(file, model, layout, path):
+    """Compare every parameter in `file`, which is to become `path`, with the checkpoint's after a way through
+    `layout`: NVFP4 by codes and scales, all else by value, all bits."""
     packed = layouts.find_packed(file.entries)
     parts = {part for one in packed.values() for part in one[:3]}
     for name in [*packed, *(file.entries.keys() - parts)]:
-        value = dequantize(layouts.read_nvfp4(file, packed[name])) if name in packed else file[name]
-        if not torch.equal(value, layouts.expected_value(model, name, layout).to(value.dtype)):
-            raise ValueError(f"{file.path}: {name!r} differs from the checkpoint; the file must not be used")
+        if name in packed:
+            expected = layouts.expected_nvfp4(model, name, layout)
+            found = layouts.read_nvfp4(file, packed[name])
+            same = all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected))
+        else:
+            same = torch.equal(file[name], layouts.expected_value(model, name, layout).to(file[name].dtype))
+        if not same:
+            raise ValueError(f"{path}: {name!r} would differ from the checkpoint; it was not written")
 
 
 def report(name, path, counts, verified):

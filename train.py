@@ -8,11 +8,14 @@ Each step: read a batch, run the model forward and backward through its 4-bit we
 with AdamW. `python train.py --help` lists the settings; they are the fields of `Settings` below.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import shlex
+import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +23,8 @@ import torch
 import minifp4
 from minifp4 import chat, masters, vocabulary
 from minifp4.cli import (
-    check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings
+    check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
+    stopping,
 )  # fmt: skip
 from minifp4.files import checkpoint
 from minifp4.files.atomic import only_user, remove, replacing
@@ -29,6 +33,7 @@ from minifp4.packed import bytes_of
 from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
 
+HOPELESS = 10  # steps; if all of the first ones are skipped, so will be the others
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
 what, which, how, kept, cost, output = groups(
     "what", "which weights", "how", "precision", "memory and speed", "output"
@@ -89,10 +94,10 @@ class Settings:
     test_max_tokens: int = output(48, "tokens of an answer at most", "N", least=1)
 
 
-# What may differ when a run goes on: nothing here changes what is computed.
+# What may differ when a run goes on: nothing here changes what is computed (data is known by its content).
 FREE = {
     "steps", "step_chunk_rows", "activation_checkpointing", "keep_activations", "compile", "cuda_graph",
-    "memory_limit_gb", "memory_report", "device", "out", "output_dat", "save_every",
+    "memory_limit_gb", "memory_report", "device", "train_data", "out", "output_dat", "save_every",
     "keep", "resume", "log_every", "test_prompt", "test_max_tokens",
 }  # fmt: skip
 
@@ -130,7 +135,8 @@ def main(settings):
             print(f"saved   {settings.output_dat}")
         if settings.memory_report:
             report_memory(Path(settings.memory_report), memory, step)
-    print("next    python export.py" + (f" --checkpoint {path}" if settings.out != "out" else ""))
+    usual = settings.out == "out" and checkpoint.model_directory("out") == path
+    print("next    python export.py" + ("" if usual else f" --checkpoint {shlex.quote(str(path))}"))
     return path
 
 
@@ -159,24 +165,43 @@ def find_start(settings):
     """(settings with defaults filled in, the checkpoint to resume from or None)."""
     if settings.resume is None:
         folder = Path(settings.input_dat).parent if settings.input_dat else minifp4.BASE
-        return replace(settings, model=settings.model or str(folder)), None
+        settings = replace(settings, model=settings.model or str(folder))
+        return replace(settings, lr=default_rate(settings.lr, settings.model)), None
     source = checkpoint.model_directory(settings.resume or settings.out)
     record = checkpoint.read_json(checkpoint.existing(source / "train.json"))
-    old = Settings(**record["settings"])
+    old = settings_of(record, source / "train.json")
     for name in sorted(given(settings) - FREE) + ["steps"] * (old.schedule != "constant"):
         if getattr(settings, name) != getattr(old, name) and name in given(settings):
             raise ValueError(
                 f"{spellings(name)[0]} {getattr(settings, name)}: {source} has "
                 f"{getattr(old, name) or 'the default'}; that cannot change when a run resumes"
             )
+    old = replace(old, lr=default_rate(old.lr, source))
+    print(f"resume  {source}")
     new = replace(old, **{name: getattr(settings, name) for name in given(settings) & FREE})
-    if digest(new) != record["data"]:
+    if digest(new) != record.get("data"):
         raise ValueError(f"--train-data {new.train_data} has changed since {source} was made")
-    if new.steps <= record["step"]:
-        raise ValueError(
-            f"{source} is at step {record['step']} already; give a larger --steps, not {new.steps}"
-        )
+    step = checkpoint.number_in(record, "step", source / "train.json")
+    if new.steps <= step:
+        raise ValueError(f"{source} is at step {step} already; give a larger --steps, not {new.steps}")
     return new, source
+
+
+def settings_of(record, path):
+    """The `Settings` that a train.json keeps; ValueError for any that this version does not have."""
+    kept = record.get("settings")
+    known = {field.name: field for field in fields(Settings)}
+    if not isinstance(kept, dict):
+        raise ValueError(f"{path}: the key \"settings\" is missing")
+    if unknown := sorted(kept.keys() - known.keys()):
+        raise ValueError(f"{path}: unknown settings: {', '.join(unknown)}; was it made by a newer version?")
+    for name, value in kept.items():
+        right = (int, float) if known[name].type is float else known[name].type
+        if value is not None and not isinstance(value, right):
+            raise ValueError(f"{path}: {name} must be {known[name].type.__name__}, got {value!r}")
+    settings = Settings(**kept)
+    check(settings)
+    return settings
 
 
 def check_together(settings, device):
@@ -228,6 +253,7 @@ def prepare_model(settings, source, device):
             texts = [message["content"] for _, messages in conversations for message in messages]
             vocabulary.train_tokenizer(texts, config.vocab_size, directory)
         tokenizer = chat.Tokenizer(directory / "tokenizer.json")
+        checkpoint.check_vocabulary(directory, config, tokenizer)
         config.source |= {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end_of_text}
         model = masters.initialize(config, settings.seed, **how)
     else:
@@ -294,9 +320,18 @@ def make_step(model, optimizer, settings, memory):
     return step
 
 
+def default_rate(lr, directory):
+    """`lr`, or if that is None the usual rate for the model in `directory`: the bundled one, known by its
+    shape wherever it lies, or a larger one."""
+    if lr is not None or not (Path(directory) / "config.json").is_file():
+        return lr
+    found, bundled = (checkpoint.read_config(Path(place)) for place in (directory, minifp4.BASE))
+    return 5e-4 if replace(found, source={}) == replace(bundled, source={}) else 2e-5
+
+
 def learning_rate(settings, step=None):
     """The rate of `step` (0, 1, ...); the highest of all if None."""
-    top = settings.lr if settings.lr is not None else 5e-4 if settings.model == str(minifp4.BASE) else 2e-5
+    top = 2e-5 if settings.lr is None else settings.lr
     if step is None:
         return top
     if step < settings.warmup:
@@ -310,36 +345,56 @@ def learning_rate(settings, step=None):
 def train(step, tokenizer, examples, settings, start, save, memory):
     """The steps after `start`; a line of text and one of metrics.jsonl every --log-every of them."""
     tokens, since, optimizer = 0, time.perf_counter(), step.optimizer
-    metrics = Path(settings.out) / "metrics.jsonl"
-    keep_metrics(metrics, start)
+    keep_metrics(Path(settings.out) / "metrics.jsonl", start)
     if settings.compile:
         print("note    the first step compiles, a minute or so; --no-compile does without", flush=True)
-    for number in range(start, settings.steps):
-        batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
-        optimizer.lr = learning_rate(settings, number)
-        loss, norm = step(batches)
-        tokens += sum(ids.numel() for ids, _ in batches)
-        if (number + 1) % settings.log_every == 0 or number + 1 == settings.steps:
-            record = {
-                "step": number + 1, "loss": loss.item(), "lr": optimizer.lr, "grad_norm": norm.item(),
-                "moved": optimizer.moved(), "tokens_per_second": tokens / (time.perf_counter() - since),
-                "peak_memory_gib": memory.peak() / GIB, "skipped": step.skipped.item(),
-            }  # fmt: skip
-            log(record, settings)
-            with open(metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            optimizer.reset_moved()
-            tokens, since = 0, time.perf_counter()
-        if settings.save_every and (number + 1) % settings.save_every == 0:
-            save(number + 1)
+    with stopping() as stop:
+        for number in range(start, settings.steps):
+            batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
+            optimizer.lr = learning_rate(settings, number)
+            loss, norm = step(batches)
+            tokens += sum(ids.numel() for ids, _ in batches)
+            if (number + 1) % settings.log_every == 0 or number + 1 == settings.steps or stop.signal:
+                speed = tokens / (time.perf_counter() - since)
+                done = number + 1 - start
+                skipped = note(number + 1, loss, norm, speed, step, settings, memory)
+                tokens, since = 0, time.perf_counter()
+                if skipped == done and (done >= HOPELESS or number + 1 == settings.steps):
+                    raise ValueError(f"all {done} steps were skipped: the loss or the gradient is not finite")
+            if settings.save_every and (number + 1) % settings.save_every == 0:
+                save(number + 1)
+            if stop.signal and number + 1 < settings.steps:
+                print(f"saved   {save(number + 1)}; --resume goes on from there")
+                sys.exit(128 + stop.signal)
+
+
+def note(number, loss, norm, speed, step, settings, memory):
+    """Print a step's line, and add one to metrics.jsonl; returns how many steps were skipped."""
+    record = {
+        "step": number, "loss": loss.item(), "lr": step.optimizer.lr, "grad_norm": norm.item(),
+        "moved": step.optimizer.moved(), "tokens_per_second": speed,
+        "peak_memory_gib": memory.peak() / GIB, "skipped": step.skipped.item(),
+    }  # fmt: skip
+    step.optimizer.reset_moved()
+    log(record, settings)
+    valid = {key: value if math.isfinite(value) else None for key, value in record.items()}  # JSON has no NaN
+    with open(Path(settings.out) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(valid) + "\n")
+    return record["skipped"]
 
 
 def keep_metrics(path, start):
     """Leave the lines of the steps up to `start`, of a run that goes on; a killed run may have left half a
     line."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if start and path.is_file() else []
+    lines, kept = [], []
+    if start and path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line is no reason to stop
+            if json.loads(line)["step"] <= start:
+                kept.append(f"{line}\n")
     with replacing(path) as aside:
-        aside.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
+        aside.write_text("".join(kept), encoding="utf-8")
 
 
 def make_batches(examples, number, settings, pad, step):
@@ -427,8 +482,9 @@ def test_prompts(settings):
         return settings.test_prompt
     if settings.train_data == str(BUNDLED_DATA):
         return ["你是誰", "談談UFO"]
-    messages = chat.read_conversations(settings.train_data)[0][1]
-    return [next(message["content"] for message in messages if message["role"] == "user")]
+    conversations = chat.read_conversations(settings.train_data)
+    said = (message for _, messages in conversations for message in messages)
+    return [message["content"] for message in said if message["role"] == "user"][:1]
 
 
 def ask(when, model, tokenizer, prompts, settings, before=None):

@@ -13,6 +13,7 @@ A batch is a pure function of (seed, step, rank): nothing has to be saved to con
 data.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from None
         self.core.encode_special_tokens = True  # text never becomes a special token
+        self.core.no_truncation()  # a tokenizer.json may bring both, for another use
+        self.core.no_padding()
         self.end_of_text, self.start, self.end = (self._number(token) for token in SPECIAL_TOKENS)
         self.stop_ids = (self.end, self.end_of_text)
 
@@ -51,7 +54,11 @@ class Tokenizer:
         return max(self.core.get_vocab().values())
 
     def encode(self, text):
-        return self.core.encode(text, add_special_tokens=False).ids
+        """The numbers of a text's tokens; ValueError if it holds half a character (a lone surrogate)."""
+        try:
+            return self.core.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError(f"not a text that can be written as UTF-8: {text[:40]!a}") from None
 
     def decode(self, ids):
         return self.core.decode(list(ids), skip_special_tokens=True)
@@ -128,16 +135,21 @@ def _parse_tsv(line):
 def _parse_json(line):
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('expected {"messages": [...]}')
+    if record.get("tools"):
+        raise ValueError('"tools" are not supported: they would change the prompt')
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f'a message needs the role "system", "user" or "assistant": {str(message)[:60]}')
         if not isinstance(message.get("content"), str) or not message["content"]:
-            raise ValueError(f'a message needs a "content" that is not empty: {str(message)[:60]}')
+            raise ValueError(f'a message needs a "content" that is a text and not empty: {str(message)[:60]}')
+        for key in ("tool_calls", "reasoning_content", "weight"):
+            if message.get(key) and message[key] != 1 or message.get(key) == 0:
+                raise ValueError(f'"{key}" in a message is not supported: it would change what is learned')
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's")
     return messages
@@ -150,7 +162,10 @@ def read_examples(path, tokenizer, seq_len):
     """
     examples, cut = [], 0
     for number, messages in read_conversations(path):
-        ids, labels = tokenizer.example(messages)
+        try:
+            ids, labels = tokenizer.example(messages)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
         prompt = next(place for place, label in enumerate(labels) if label != IGNORE)
         if prompt >= seq_len:
             raise ValueError(
@@ -173,9 +188,15 @@ def sample(examples, step, *, batch_size, seed=0, mode="random", rank=0, ranks=1
     for position in range(first, first + batch_size):
         epoch, place = divmod(position, count)
         if mode == "random":
-            place = np.random.default_rng((seed, epoch)).permutation(count)[place]
+            place = _order(count, seed, epoch)[place]
         chosen.append(examples[place])
     return chosen
+
+
+@functools.lru_cache(2)  # a batch may reach into the next epoch
+def _order(count, seed, epoch):
+    """In which order the examples come in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def collate(examples, pad, device="cpu", multiple=1):

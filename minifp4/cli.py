@@ -6,7 +6,11 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
+import os
+import signal
 import sys
+import threading
+import types
 from dataclasses import field
 from functools import partial
 from pathlib import Path
@@ -121,8 +125,55 @@ def compiler_failures_named():
         raise ValueError(f"torch.compile failed: {why}; --no-compile does without it") from None
 
 
+class Console:
+    """A stream that never ends a program: what its encoding lacks is replaced, and when nobody reads any more
+    (`| head`) or the disk is full, what is written is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text):
+        return self._whatever(self.stream.write, text)
+
+    def flush(self):
+        self._whatever(self.stream.flush)
+
+    def _whatever(self, function, *values):
+        try:
+            return function(*values)
+        except OSError:  # what is left in the stream's buffer would fail again, at the latest at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def stopping():
+    """While a loop runs: SIGTERM or Ctrl-C only sets `stop.signal`, and the loop ends where it likes to. The
+    second one ends the program at once."""
+    stop, before = types.SimpleNamespace(signal=None), {}
+
+    def first(number, _):
+        stop.signal = number
+        for one, old in before.items():
+            signal.signal(one, old)
+        print("note    stopping after this step; a second signal ends at once", flush=True)
+
+    if threading.current_thread() is threading.main_thread():  # only there can signals be caught
+        before = {one: signal.signal(one, first) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for one, old in before.items():
+            signal.signal(one, old)
+
+
 def run(main, kind, text):
     """The frame of a program: parse, run `main`, and turn a user's mistake into one line and status 2."""
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     try:
         main(parse(kind, sys.argv[1:], text))
     except (ValueError, OSError) as error:

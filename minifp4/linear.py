@@ -42,10 +42,17 @@ class Group:
         """The scale of dense weights: measured after each step, not at every use."""
         return self.measure() if self.kept_scale is None else self.kept_scale.to(self.layers[0].weight.device)
 
+    def packed(self):
+        return all(isinstance(layer.weight, Packed) for layer in self.layers)
+
+    def trains(self):
+        return any(layer.weight.requires_grad for layer in self.layers)
+
     def refit(self):
         """After a step: packed weights that have grown get a larger scale; that of dense ones is measured."""
-        if all(isinstance(layer.weight, Packed) for layer in self.layers):
-            refit([layer.weight for layer in self.layers])
+        if self.packed():
+            if self.trains():
+                refit([layer.weight for layer in self.layers])
         elif any(layer.quantized for layer in self.layers):
             scale = self.measure()
             self.kept_scale = scale if self.kept_scale is None else self.kept_scale.copy_(scale)

@@ -22,6 +22,9 @@ CHAT_TEMPLATE = (  # `Tokenizer.prompt`, in the Jinja that servers read
 
 def train_tokenizer(texts, vocab_size, directory):
     """Learn a byte-level BPE like Qwen's from `texts`; write tokenizer.json and tokenizer_config.json."""
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(f"a vocab_size of {vocab_size} is too small: bytes and special tokens take {least}")
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.normalizer = tokenizers.normalizers.NFC()
     core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(

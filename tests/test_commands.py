@@ -321,7 +321,7 @@ def test_a_mistake_from_the_shell(tmp_path):
 
 def test_export_of_the_newest_or_of_a_named_checkpoint(small, tsv, tmp_path):
     settings = dict(model=small, train_data=str(tsv), out=str(tmp_path / "out"), test_max_tokens=1)
-    first, second = train(**settings, steps=2), train(**settings, steps=1)
+    first, second = train(**settings, steps=1), train(**settings, steps=2)
     logits = []
     for source in (tmp_path / "out", second, first):
         path = export(checkpoint=str(source), out=str(tmp_path / "exported"), format=["hf"])["hf"]

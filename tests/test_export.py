@@ -125,6 +125,7 @@ def test_a_tied_head_cannot_be_quantized(trained):
 def test_verification_notices_a_wrong_byte(trained, monkeypatch):
     """Flip one bit of the file between writing and reading it."""
     out, write = trained(), safetensors.write
+    good = (export(checkpoint=str(out), format=["hf"])["hf"] / "model.safetensors").read_bytes()
 
     def write_wrong(path, tensors):
         write(path, tensors)
@@ -134,8 +135,9 @@ def test_verification_notices_a_wrong_byte(trained, monkeypatch):
             path.write_bytes(data)
 
     monkeypatch.setattr(checkpoint.safetensors, "write", write_wrong)
-    with pytest.raises(ValueError, match="differs from the checkpoint"):
+    with pytest.raises(ValueError, match="would differ from the checkpoint; it was not written"):
         export(checkpoint=str(out), format=["hf"])
+    assert (out / "hf" / "model.safetensors").read_bytes() == good
     export(checkpoint=str(out), format=["hf"], verify=False)
 
 

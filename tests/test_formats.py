@@ -167,7 +167,7 @@ def test_replacing_keeps_the_old_until_the_new_is_complete(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
     for text in ("first", "second"):  # directories too
-        with replacing(tmp_path / "dir") as aside:
+        with replacing(tmp_path / "dir", mark="inside") as aside:
             aside.mkdir()
             (aside / "inside").write_text(text)
     assert (tmp_path / "dir" / "inside").read_text() == "second" and len(list(tmp_path.iterdir())) == 2

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-from ..chat import Tokenizer
+from ..chat import SPECIAL_TOKENS, Tokenizer
 from ..masters import default_compute_dtype, set_weight
 from ..model import Config, Qwen3
-from ..nvfp4 import BLOCK
-from ..packed import pack_exactly
+from ..nvfp4 import BLOCK, row_chunks
+from ..packed import Packed, pack_exactly
+from ..storage import FLOATS
+from ..vocabulary import CHAT_TEMPLATE
 from . import dat, layouts, safetensors
 from .atomic import replacing
 from .layouts import ACTIVATION_SCALES, HEAD, find_packed, module_of, read_weight, stored_tensors
@@ -51,11 +53,7 @@ def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtyp
         path, input_dat = path.parent, path
     directory = model_directory(path)
     config, tokenizer = read_config(directory), Tokenizer(existing(directory / "tokenizer.json"))
-    if tokenizer.largest >= config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has the token {tokenizer.largest}, config.json a vocab_size of only "
-            f"{config.vocab_size}; these files do not belong together"
-        )
+    check_vocabulary(directory, config, tokenizer)
     with torch.device("meta"):
         model = Qwen3(config, quantize)
     read_weights(
@@ -65,8 +63,17 @@ def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtyp
     return model, tokenizer
 
 
+def check_vocabulary(directory, config, tokenizer):
+    """Raise ValueError unless the model has a row for every token."""
+    if tokenizer.largest >= config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has the token {tokenizer.largest}, config.json a vocab_size of only "
+            f"{config.vocab_size}; these files do not belong together"
+        )
+
+
 def model_directory(path):
-    """`path` if it holds a config.json, or else the newest checkpoint in it."""
+    """`path` if it holds a config.json, or else the checkpoint in it whose step is the largest."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -79,9 +86,10 @@ def model_directory(path):
 
 
 def checkpoints(out):
-    """The complete checkpoints in the directory `out`, oldest first."""
+    """The complete checkpoints in the directory `out`, in the order of their steps: a copy keeps no times."""
     found = [entry.parent for entry in Path(out).glob("step-*/train.json")]
-    return sorted(found, key=lambda entry: ((entry / "train.json").stat().st_mtime_ns, entry.name))
+    numbered = {int(entry.name[5:]): entry for entry in found if entry.name[5:].isdigit()}
+    return [numbered[step] for step in sorted(numbered)]
 
 
 def existing(path):
@@ -146,20 +154,31 @@ def read_weights(model, files, device):
     for name, meta in wanted.items():
         file, parts = found[name]
         value = read_weight(file, name, parts, device)
-        if value.shape != meta.shape or not value.is_floating_point():
+        if value.shape != meta.shape or value.dtype not in FLOATS.values():
             raise ValueError(
                 f"{file.path}: {name!r} is {value.dtype} {[*value.shape]}, "
-                f"config.json asks for {[*meta.shape]}"
+                f"config.json asks for {[*meta.shape]} in fp32, bf16 or fp16"
             )
         if model.quantized and value.dim() == 2 and value.shape[1] % BLOCK:
             raise ValueError(
                 f"{file.path}: {name!r} {[*value.shape]}: NVFP4 needs rows of a multiple of {BLOCK}"
             )
+        _check_finite(file, name, value)
         if value.dim() == 1:
             value = value.float()
         elif parts is None and _reads_nvfp4(module_of(model, name)):
             value = pack_exactly(value)
         set_weight(model, name, value)
+
+
+def _check_finite(file, name, value):
+    """Raise ValueError for a weight that holds NaN or an infinity: every step would be skipped."""
+    value = value.scale.float() if isinstance(value, Packed) else value
+    for rows in row_chunks(value) if value.dim() == 2 else [slice(None)]:
+        if not value[rows].isfinite().all():
+            [row, *_] = value[rows].isfinite().logical_not().nonzero()[0].tolist()
+            place = (rows.start or 0) + row
+            raise ValueError(f"{file.path}: {name!r} holds NaN or an infinity, in row {place}")
 
 
 def _reads_nvfp4(layer):
@@ -181,7 +200,7 @@ def save(out, model, tokenizer, optimizer, record):
     tensors = {}
     for name, p in model.named_parameters():
         tensors |= stored_tensors(name, p)
-    with replacing(directory) as aside:
+    with replacing(directory, mark="train.json") as aside:
         aside.mkdir(parents=True)
         write_model(aside, model.config, tokenizer, tensors)
         safetensors.write(aside / OPTIMIZER, optimizer.tensors())
@@ -203,8 +222,15 @@ def read_moments(directory, optimizer):
             raise ValueError(f"{file.path}: {name!r} is {file.entries[name]}, this run needs {tensor.dtype}")
         tensor.copy_(file[name])
     record = read_json(directory / "train.json")
-    optimizer.steps = record["optimizer_steps"]
+    optimizer.steps = number_in(record, "optimizer_steps", directory / "train.json")
     return record
+
+
+def number_in(record, key, path):
+    """The whole number `key` of a record of `path`."""
+    if type(record.get(key)) is not int or not 0 <= record[key] < 2**31:
+        raise ValueError(f"{path}: {key!r} must be a whole number, got {record.get(key)!r}")
+    return record[key]
 
 
 def write_model(directory, config, tokenizer, tensors, extra=None, shard_bytes=SHARD_BYTES):
@@ -218,11 +244,36 @@ def write_model(directory, config, tokenizer, tensors, extra=None, shard_bytes=S
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         **(extra or {}),
     }
+    if tokenizer.end not in as_list(source.get("eos_token_id")):  # a base model stops at <|endoftext|>
+        source["eos_token_id"] = tokenizer.end
     write_shards(directory, tensors, shard_bytes)
     write_json(directory / "config.json", source)
+    write_companions(directory, tokenizer)
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def write_companions(directory, tokenizer):
+    """The files beside a tokenizer.json, which also say that an answer ends with <|im_end|>, and in what
+    template it was learned if there is none."""
+    origin = tokenizer.path.parent
     for name in COMPANIONS:
-        if (tokenizer.path.parent / name).is_file():
-            shutil.copyfile(tokenizer.path.parent / name, directory / name)
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, directory / name)
+    found = {}
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        found[name] = read_json(origin / name) if (origin / name).is_file() else {}
+    generation, config = found.values()
+    stops = [stop for stop in as_list(generation.get("eos_token_id")) if stop is not None]
+    generation["eos_token_id"] = list(dict.fromkeys([*stops, *tokenizer.stop_ids]))
+    generation.setdefault("pad_token_id", tokenizer.end_of_text)
+    config["eos_token"] = SPECIAL_TOKENS[2]
+    if "chat_template" not in config and not (origin / "chat_template.jinja").is_file():
+        config["chat_template"] = CHAT_TEMPLATE
+    for name, value in found.items():
+        write_json(directory / name, value)
 
 
 def write_shards(directory, tensors, shard_bytes):

@@ -80,11 +80,11 @@ def value(layer, kernels, dtype, rows=slice(None)):
 
 def refit(group, kernels, plain):
     """`Group.refit`."""
-    weights = [layer.weight for layer in group.layers]
-    if all(isinstance(weight, Packed) for weight in weights):
-        kernels.refit([raw(weight.scale) for weight in weights], [weight.global_scale for weight in weights])
-    else:
+    if not group.packed():
         plain()
+    elif group.trains():
+        weights = [layer.weight for layer in group.layers]
+        kernels.refit([raw(weight.scale) for weight in weights], [weight.global_scale for weight in weights])
 
 
 def block_forward(block, kernels, x, cos, sin, cache=None):
