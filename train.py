@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import secrets
 import shlex
 import sys
 import time
@@ -118,7 +119,8 @@ def main(settings):
         start = checkpoint.read_moments(source, optimizer)["step"] if source else 0
         step = make_step(model, optimizer, settings, memory)
     describe(settings, model, counts, optimizer, examples, cut)
-    record = {"trained": list(optimizer.parameters), "settings": asdict(asked), "data": digest(settings)}
+    record = {"trained": list(optimizer.parameters), "settings": asdict(asked), "data": digest(settings),
+              "run": run_of(source)}  # fmt: skip
     save = Saver(settings, step, tokenizer, record, memory)
     with only_user(Path(settings.out)), compiler_failures_named():
         prompts = test_prompts(settings)
@@ -140,6 +142,22 @@ def main(settings):
     return path
 
 
+def run_of(source):
+    """What tells the checkpoints of one run from another's; a run that goes on is the one that it was."""
+    before = checkpoint.read_json(source / "train.json").get("run") if source else None
+    return before or secrets.token_hex(8)
+
+
+@contextlib.contextmanager
+def warned(what):
+    """Something beside the training, such as a line of a log: if it fails, a note says so, and training goes
+    on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"note    {what} ({error.strerror or error})", flush=True)
+
+
 class Saver:
     """`path = save(step)`: the checkpoint of a step of this run, written once; older ones of it are removed.
 
@@ -156,9 +174,15 @@ class Saver:
                 state, parts = {"step": number, **self.record}, (self.step.model, self.tokenizer)
                 path = checkpoint.save(self.settings.out, *parts, self.step.optimizer, state)
                 self.written[number] = path
-            for old in sorted(self.written)[: -self.settings.keep]:
-                remove(self.written.pop(old))
+            for old in self._own()[: -self.settings.keep]:
+                with warned(f"cannot remove {old}"):
+                    remove(old)
         return self.written[number]
+
+    def _own(self):
+        """The checkpoints of this run, also those that it wrote before it was resumed, oldest first."""
+        found, mine = checkpoint.checkpoints(self.settings.out), self.record["run"]
+        return [path for path in found if checkpoint.read_json(path / "train.json").get("run") == mine]
 
 
 def find_start(settings):
@@ -178,7 +202,10 @@ def find_start(settings):
             )
     old = replace(old, lr=default_rate(old.lr, source))
     print(f"resume  {source}")
-    new = replace(old, **{name: getattr(settings, name) for name in given(settings) & FREE})
+    # A file does not say where this run writes: it may be a copy, or somebody else's.
+    here = {"out": settings.out if "out" in given(settings) or not settings.resume else str(source.parent)}
+    here |= {name: None for name in ("output_dat", "memory_report")}
+    new = replace(old, **here | {name: getattr(settings, name) for name in given(settings) & FREE})
     if digest(new) != record.get("data"):
         raise ValueError(f"--train-data {new.train_data} has changed since {source} was made")
     step = checkpoint.number_in(record, "step", source / "train.json")
@@ -252,7 +279,7 @@ def prepare_model(settings, source, device):
             conversations = chat.read_conversations(settings.train_data)
             texts = [message["content"] for _, messages in conversations for message in messages]
             vocabulary.train_tokenizer(texts, config.vocab_size, directory)
-        tokenizer = chat.Tokenizer(directory / "tokenizer.json")
+        tokenizer = checkpoint.read_tokenizer(directory)
         checkpoint.check_vocabulary(directory, config, tokenizer)
         config.source |= {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end_of_text}
         model = masters.initialize(config, settings.seed, **how)
@@ -378,7 +405,8 @@ def note(number, loss, norm, speed, step, settings, memory):
     step.optimizer.reset_moved()
     log(record, settings)
     valid = {key: value if math.isfinite(value) else None for key, value in record.items()}  # JSON has no NaN
-    with open(Path(settings.out) / "metrics.jsonl", "a", encoding="utf-8") as file:
+    path = Path(settings.out) / "metrics.jsonl"
+    with warned(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(valid) + "\n")
     return record["skipped"]
 

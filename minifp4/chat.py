@@ -28,10 +28,13 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 class Tokenizer:
-    """A tokenizer.json with ChatML on top. `path` is kept, so that exports can copy the file."""
+    """A tokenizer.json with ChatML on top.
+
+    companions: {name: bytes} of the files that a model directory has beside it, for whoever writes another.
+    """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self.companions = Path(path), {}
         try:
             self.core = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception

@@ -45,6 +45,11 @@ class Group:
     def packed(self):
         return all(isinstance(layer.weight, Packed) for layer in self.layers)
 
+    def agrees(self):
+        """Whether all packed weights have the same global scale."""
+        weights = [layer.weight for layer in self.layers if isinstance(layer.weight, Packed)]
+        return len({weight.global_scale.item() for weight in weights}) < 2
+
     def trains(self):
         return any(layer.weight.requires_grad for layer in self.layers)
 

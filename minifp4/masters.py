@@ -86,11 +86,14 @@ def set_masters(model, kind, device=None, finer_ends=False):
         for name in group:
             _replace(model, name, left.pop(name).to(device))
         scale = layer.group.measure() if group and kind not in FLOATS else None
+        agrees = layer.group.agrees()
         for name in group:
             p = model.get_parameter(name)
             if not p.requires_grad:
                 continue
             finer = kind == "nvfp4x2" or finer_ends and name.startswith(ends)
+            if not agrees:  # packed by another program, which kept a global scale for each
+                p = stored_values(p)
             value = stored_values(p).to(FLOATS[kind]) if kind in FLOATS else pack(p, scale, finer)
             _replace(model, name, value)
     for name, p in left.items():  # norms

@@ -273,6 +273,45 @@ def test_a_damaged_record_of_a_run_is_refused_by_key(settings, edit, message):
         train(resume="", out=settings["out"], steps=3)
 
 
+def test_a_run_writes_where_it_is_told_not_where_its_file_says(settings, tmp_path):
+    """A copied directory goes on where it is; what train.json says of other files is left aside."""
+    train(**settings, memory_report=str(tmp_path / "report.json"))
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "out").rename(tmp_path / "copy")
+    again = train(resume=str(tmp_path / "copy" / "step-000002"), steps=3)
+    assert again == tmp_path / "copy" / "step-000003" and not (tmp_path / "out").exists()
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_run_that_is_restarted_keeps_no_more_checkpoints(settings, tmp_path):
+    """Its own; another run's in the same directory stay."""
+    other = train(**settings, seed=1)
+    other.rename(tmp_path / "out" / "step-000001")
+    train(**settings | {"steps": 4}, save_every=2, keep=2)
+    for steps in (5, 8):
+        train(resume="", out=settings["out"], steps=steps)
+    left = [path.name for path in checkpoint.checkpoints(tmp_path / "out")]
+    assert left == ["step-000001", "step-000006", "step-000008"]
+    minifp4.load(tmp_path / "out")  # whose tokenizer came from a checkpoint that is gone
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(settings, monkeypatch, capsys):
+    monkeypatch.setattr(program, "keep_metrics", lambda path, start: path.mkdir())
+    assert train(**settings).is_dir()
+    assert capsys.readouterr().out.count("note    cannot write") == 2
+
+
+def test_what_trains_keeps_its_kind_when_a_run_goes_on(settings, tmp_path):
+    """Masters in bf16 whose numbers all lie on an NVFP4 grid: a --dequantize export of NVFP4 weights."""
+    path = train(**settings, master_dtype="nvfp4")
+    plain = export(checkpoint=str(path), format=["hf"], dequantize=True)["hf"]
+    how = settings | {"model": str(plain), "out": str(tmp_path / "again"), "lr": 0.0, "weight_decay": 0.0}
+    train(**how, master_dtype="bf16")
+    again = minifp4.load(train(resume="", out=how["out"], steps=3))[0]
+    weight = again.get_parameter(UP)
+    assert weight.dtype == torch.bfloat16 and type(weight.data) is torch.Tensor
+
+
 def test_metrics_are_json_and_a_damaged_line_is_dropped(settings, tmp_path):
     """A rate of 0 moves nothing, so `moved` is not a number: null. JSON has no NaN."""
     train(**settings, lr=0.0)
@@ -344,6 +383,27 @@ def test_nvfp4_of_other_programs_trains_and_leaves_as_codes(settings, model, lay
             assert torch.equal(bits(a.codes().scale), bits(b.codes().scale))
 
 
+def test_weights_that_servers_fuse_leave_with_one_global_scale(settings, model):
+    """q, k and v of another program may have three, of which a server keeps one, in silence."""
+
+    def apart(tensors):
+        tensors = as_others_write_it("modelopt")(tensors)
+        name = UP.replace("mlp.up", "self_attn.k")
+        return tensors | {f"{name}_scale_2": 3 * tensors[f"{name}_scale_2"]}
+
+    change(model, apart)
+    frozen = train(**settings, train_last_layers=1)
+    with pytest.raises(ValueError, match="have different global scales.*--dequantize"):
+        export(checkpoint=str(frozen), format=["hf"])
+    path = train(**settings | {"lr": 0.0})
+    attention = minifp4.load(export(checkpoint=str(path), format=["hf"])["hf"])[0].model.layers[0].self_attn
+    assert attention.k_proj.group.agrees()
+    before = minifp4.load(model)[0].model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        old, new = (getattr(one, name).weight.decode() for one in (before, attention))
+        assert (new - old).norm() < 0.09 * old.norm()
+
+
 def test_frozen_nvfp4_keeps_its_very_bytes(settings, model):
     """Also a block scale of 2**-9, of which nothing would be left if it were halved."""
     change(model, as_others_write_it("hf", tiny=True))
@@ -376,6 +436,56 @@ def test_a_base_model_learns_to_stop_and_other_programs_are_told(settings, model
 def test_weights_of_another_type_are_refused_by_name(model, dtype):
     change(model, lambda t: t.update({UP: t[UP].to(dtype)}))
     with pytest.raises(ValueError, match=f"'{UP}' is {dtype} .* in fp32, bf16 or fp16"):
+        minifp4.load(model)
+
+
+def test_a_head_that_its_config_ties_to_another_matrix_is_refused(tmp_path):
+    model = small_directory(tmp_path / "tied", small_model(tie_word_embeddings=True))
+    embedding = small_model(tie_word_embeddings=True).lm_head.weight.detach()
+    change(model, lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    minifp4.load(model)
+    change(model, lambda t: t.update({"lm_head.weight": 2 * embedding}))
+    with pytest.raises(ValueError, match="'lm_head.weight' and 'model.embed_tokens.weight' differ"):
+        minifp4.load(model)
+
+
+def test_weights_beside_an_index_that_does_not_name_them_are_refused(model):
+    shutil.copy(model / "model.safetensors", model / "model-00001-of-00001.safetensors")
+    names = safetensors.SafeFile(model / "model.safetensors").entries
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="holds model.safetensors.index.json and also model.safetensors"):
+        minifp4.load(model)
+
+
+def rename(change_name):
+    return lambda tensors: {change_name(name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "edit, method, message",
+    [
+        (rename(lambda n: n.replace("proj.weight", "proj.qweight")), "gptq", "by 'gptq'.*bf16 original"),
+        (lambda t: t | {f"{UP}_scale_inv": torch.ones(1)}, "fp8", "quantized by 'fp8'"),
+        (lambda t: t | {f"{UP}.absmax": torch.ones(1)}, None, "quantized in a way that is not read here"),
+        (rename(lambda n: n.removeprefix("model.")), None, "an embedding model or a part of one"),
+    ],
+    ids=["gptq", "fp8", "bitsandbytes", "embedding"],
+)
+def test_weights_of_another_kind_are_told_what_they_are(model, edit, method, message):
+    config = json.loads((model / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": method}} if method else {}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        minifp4.load(change(model, edit))
+
+
+def test_what_is_no_directory_is_told_so(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"):
+        minifp4.load("Qwen/Qwen3-0.6B")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="only safetensors are read, no .bin files"):
         minifp4.load(model)
 
 

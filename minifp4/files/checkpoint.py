@@ -12,7 +12,6 @@ A directory appears under its name when everything in it is on the disk, so what
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from ..storage import FLOATS
 from ..vocabulary import CHAT_TEMPLATE
 from . import dat, layouts, safetensors
 from .atomic import replacing
-from .layouts import ACTIVATION_SCALES, HEAD, find_packed, module_of, read_weight, stored_tensors
+from .layouts import ACTIVATION_SCALES, EMBEDDING, HEAD, find_packed, module_of, read_weight, stored_tensors
 
 BASE = Path(__file__).parents[1] / "assets" / "base"  # the bundled model
 WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
@@ -36,6 +35,7 @@ COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+SPOKEN = "generation_config.json", "tokenizer_config.json"  # those that say where an answer ends
 
 
 def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtype=None):
@@ -52,7 +52,7 @@ def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtyp
     if path.suffix == ".dat":
         path, input_dat = path.parent, path
     directory = model_directory(path)
-    config, tokenizer = read_config(directory), Tokenizer(existing(directory / "tokenizer.json"))
+    config, tokenizer = read_config(directory), read_tokenizer(directory)
     check_vocabulary(directory, config, tokenizer)
     with torch.device("meta"):
         model = Qwen3(config, quantize)
@@ -61,6 +61,19 @@ def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtyp
     )
     model.set_compute_dtype(compute_dtype or default_compute_dtype(device))
     return model, tokenizer
+
+
+def read_tokenizer(directory):
+    """The tokenizer of a model directory, with its companions in memory: the directory may be gone when they
+    are written again."""
+    tokenizer = Tokenizer(existing(directory / "tokenizer.json"))
+    for name in COMPANIONS:
+        if (directory / name).is_file():
+            tokenizer.companions[name] = (directory / name).read_bytes()
+    for name in SPOKEN:
+        if name in tokenizer.companions:
+            read_json(directory / name)  # says now if it is damaged
+    return tokenizer
 
 
 def check_vocabulary(directory, config, tokenizer):
@@ -76,7 +89,9 @@ def model_directory(path):
     """`path` if it holds a config.json, or else the checkpoint in it whose step is the largest."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+        hub = len(path.parts) == 2 and not path.parent.exists()
+        advice = f"; if it is on the hub: hf download {path} --local-dir {path.name}" if hub else ""
+        raise FileNotFoundError(f"{path} does not exist{advice}")
     if (path / "config.json").is_file():
         return path
     found = checkpoints(path)
@@ -119,6 +134,8 @@ def read_config(directory):
 def open_weights(directory):
     """The opened safetensors files of a model directory: one, or those that the index names."""
     if not (directory / INDEX).is_file():
+        if not (directory / WEIGHTS).is_file() and list(directory.glob("*.bin")):
+            raise ValueError(f"{directory}: only safetensors are read, no .bin files, which can run code")
         return [safetensors.SafeFile(existing(directory / WEIGHTS))]
     places = read_json(directory / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -126,32 +143,18 @@ def open_weights(directory):
     for name in places.values():
         if Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"{directory / INDEX}: {name!r} is not a file name in this directory")
-    return [safetensors.SafeFile(existing(directory / name)) for name in sorted(set(places.values()))]
+    files = [safetensors.SafeFile(existing(directory / name)) for name in sorted(set(places.values()))]
+    if (directory / WEIGHTS).is_file() and WEIGHTS not in places.values():
+        raise ValueError(f"{directory} holds {INDEX} and also {WEIGHTS}: remove that which is out of date")
+    return files
 
 
 def read_weights(model, files, device):
     """Fill `model` (on the meta device) from `files`, tensor by tensor; every tensor must have its place."""
-    wanted, found, known = dict(model.named_parameters()), {}, set()
-    for file in files:
-        packed = find_packed(file.entries)
-        known |= {part for parts in packed.values() for part in (*parts[:3], parts.more)}
-        for name in [*packed, *(file.entries.keys() - known)]:
-            if name in found:
-                raise ValueError(f"{file.path}: {name!r} is also in {found[name][0].path}")
-            found[name] = (file, packed.get(name))
-    if model.config.tie_word_embeddings:
-        found.pop(
-            HEAD, None
-        )  # some files, and every .dat, keep the head beside the embedding that it is tied to
-    unexpected = sorted(name for name in found if name not in wanted and not name.endswith(ACTIVATION_SCALES))
-    missing = sorted(wanted.keys() - found.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{files[0].path if len(files) == 1 else files[0].path.parent}: "
-            f"the weights do not fit config.json: "
-            f"missing {_some(missing)}; unexpected {_some(unexpected)}"
-        )
-    for name, meta in wanted.items():
+    # A checkpoint of train.py says itself what is NVFP4; dense masters that lie on its grid stay dense.
+    ours = (files[0].path.parent / "train.json").is_file()
+    found = find_weights(model, files)
+    for name, meta in dict(model.named_parameters()).items():
         file, parts = found[name]
         value = read_weight(file, name, parts, device)
         if value.shape != meta.shape or value.dtype not in FLOATS.values():
@@ -166,9 +169,53 @@ def read_weights(model, files, device):
         _check_finite(file, name, value)
         if value.dim() == 1:
             value = value.float()
-        elif parts is None and _reads_nvfp4(module_of(model, name)):
+        elif parts is None and not ours and _reads_nvfp4(module_of(model, name)):
             value = pack_exactly(value)
         set_weight(model, name, value)
+
+
+def find_weights(model, files):
+    """{parameter name: (file, its `Parts` there or None)}; ValueError if something is missing or too much."""
+    wanted, found, known = {name for name, _ in model.named_parameters()}, {}, set()
+    for file in files:
+        packed = find_packed(file.entries)
+        known |= {part for parts in packed.values() for part in (*parts[:3], parts.more)}
+        for name in [*packed, *(file.entries.keys() - known)]:
+            if name in found:
+                raise ValueError(f"{file.path}: {name!r} is also in {found[name][0].path}")
+            found[name] = (file, packed.get(name))
+    if model.config.tie_word_embeddings and HEAD in found:
+        _check_tied(found)
+        del found[HEAD]  # some files, and every .dat, keep it beside the embedding that it is tied to
+    unexpected = sorted(name for name in found if name not in wanted and not name.endswith(ACTIVATION_SCALES))
+    missing = sorted(wanted - found.keys())
+    if missing or unexpected:
+        where = files[0].path if len(files) == 1 else files[0].path.parent
+        what = f"missing {_some(missing)}; unexpected {_some(unexpected)}"
+        raise ValueError(f"{where}: {_advice(model, found)}{what}")
+    return found
+
+
+def _advice(model, found):
+    """What to do about weights that do not fit, where that is known."""
+    method = (model.config.source.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "compressed-tensors", "modelopt"):
+        return f"quantized by {method!r}, which is not read here; take the bf16 original. "
+    if any(name.endswith((".absmax", "_scale_inv", ".qzeros", ".biases")) for name in found):
+        return "quantized in a way that is not read here; take the bf16 original. "
+    if any(name.startswith("layers.") for name in found):
+        return 'an embedding model or a part of one (no "model." before the names). '
+    return "the weights do not fit config.json: "
+
+
+def _check_tied(found):
+    """Raise ValueError if a head beside the embedding that config.json ties it to is another matrix."""
+    (head, *parts), (embedding, *others) = found[HEAD], found.get(EMBEDDING, (None, None))
+    if embedding and parts == others == [None] and not torch.equal(head[HEAD], embedding[EMBEDDING]):
+        raise ValueError(
+            f"{head.path}: {HEAD!r} and {EMBEDDING!r} differ, but config.json has tie_word_embeddings true; "
+            "make that false if the head was trained apart, or remove it"
+        )
 
 
 def _check_finite(file, name, value):
@@ -258,21 +305,16 @@ def as_list(value):
 def write_companions(directory, tokenizer):
     """The files beside a tokenizer.json, which also say that an answer ends with <|im_end|>, and in what
     template it was learned if there is none."""
-    origin = tokenizer.path.parent
-    for name in COMPANIONS:
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, directory / name)
-    found = {}
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        found[name] = read_json(origin / name) if (origin / name).is_file() else {}
-    generation, config = found.values()
+    for name, data in tokenizer.companions.items():
+        (directory / name).write_bytes(data)
+    generation, config = (json.loads(tokenizer.companions.get(name, b"{}")) for name in SPOKEN)
     stops = [stop for stop in as_list(generation.get("eos_token_id")) if stop is not None]
     generation["eos_token_id"] = list(dict.fromkeys([*stops, *tokenizer.stop_ids]))
     generation.setdefault("pad_token_id", tokenizer.end_of_text)
     config["eos_token"] = SPECIAL_TOKENS[2]
-    if "chat_template" not in config and not (origin / "chat_template.jinja").is_file():
+    if "chat_template" not in config and "chat_template.jinja" not in tokenizer.companions:
         config["chat_template"] = CHAT_TEMPLATE
-    for name, value in found.items():
+    for name, value in zip(SPOKEN, (generation, config)):
         write_json(directory / name, value)
 
 

@@ -139,6 +139,12 @@ def tensors_of(model, layout, quantize_head=False):
             "the head is tied to the embedding, and no program reads an NVFP4 embedding: "
             "export without --quantize-head, or train with --untie"
         )
+    for layer in model.linears() if layout in ("hf", "modelopt") else ():
+        if not layer.group.agrees():
+            raise ValueError(
+                "weights that servers fuse (q/k/v or gate/up) have different global scales, of which they "
+                "would keep one: export with --dequantize, or train all layers, which gives them one"
+            )
     tensors = {}
     for name, p in model.named_parameters():
         plain = layout == "bf16" or p.dim() == 1 or name == EMBEDDING or (name == HEAD and not quantize_head)

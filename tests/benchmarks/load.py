@@ -23,7 +23,6 @@ from timing import place
 from train_step import config_of
 
 import minifp4
-from minifp4 import chat
 from minifp4.files import checkpoint
 from minifp4.model import Qwen3
 
@@ -50,7 +49,7 @@ def write(directory, size, device):
 
     tensors = {name: value(p) for name, p in model.named_parameters()}
     directory.mkdir()
-    tokenizer = chat.Tokenizer(minifp4.BASE / "tokenizer.json")
+    tokenizer = checkpoint.read_tokenizer(minifp4.BASE)
     checkpoint.write_model(directory, config, tokenizer, tensors)
     return sum(tensor.nbytes for tensor in tensors.values())
 
