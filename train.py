@@ -15,6 +15,7 @@ import math
 import secrets
 import shlex
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class Settings:
     steps: int = how(6, "optimizer steps", least=1)
     batch_size: int = how(16, "conversations in one forward pass", least=1)
     grad_accum: int = how(1, "forward and backward passes in one step", least=1)
-    lr: float = how(None, "learning rate; default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0)
+    lr: float = how(None, "default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0, below=1e3)
     warmup: int = how(0, "steps over which the learning rate rises to --lr", least=0)
     schedule: str = how("constant", "of the rate after the warm-up", choices=("constant", "cosine"))
     weight_decay: float = how(0.01, "decoupled; norms have none", least=0.0)
@@ -275,11 +276,9 @@ def prepare_model(settings, source, device):
     if settings.init_random and not source:
         config = checkpoint.read_config(directory)
         if not (directory / "tokenizer.json").is_file():
-            directory = Path(settings.out)
-            conversations = chat.read_conversations(settings.train_data)
-            texts = [message["content"] for _, messages in conversations for message in messages]
-            vocabulary.train_tokenizer(texts, config.vocab_size, directory)
-        tokenizer = checkpoint.read_tokenizer(directory)
+            tokenizer = new_tokenizer(settings, config.vocab_size)
+        else:
+            tokenizer = checkpoint.read_tokenizer(directory)
         checkpoint.check_vocabulary(directory, config, tokenizer)
         config.source |= {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end_of_text}
         model = masters.initialize(config, settings.seed, **how)
@@ -293,6 +292,15 @@ def prepare_model(settings, source, device):
     model.model.activation_checkpointing = settings.activation_checkpointing
     model.model.keep_activations = settings.keep_activations
     return model, tokenizer
+
+
+def new_tokenizer(settings, size):
+    """A tokenizer for the texts of --train-data; it is written with the first checkpoint."""
+    conversations = chat.read_conversations(settings.train_data)
+    texts = [message["content"] for _, messages in conversations for message in messages]
+    with tempfile.TemporaryDirectory() as directory:
+        vocabulary.train_tokenizer(texts, size, Path(directory))
+        return checkpoint.read_tokenizer(Path(directory))
 
 
 def choose_weights(model, settings, source, device):

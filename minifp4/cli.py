@@ -87,6 +87,7 @@ def check(settings):
         least, below = setting.metadata.get("least", -math.inf), setting.metadata.get("below", math.inf)
         if isinstance(value, (int, float)) and not least <= value < below:
             limit = f"at least {least}" + (f" and below {below}" if below < math.inf else "")
+            limit += ", and finite" if value == math.inf else ""
             raise ValueError(f"{spellings(setting.name)[0]} must be {limit}, got {value}")
         if (
             choices

@@ -16,6 +16,7 @@ name.
 The model computes in `compute_dtype` whatever precision its weights are stored in; norms compute in fp32.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -63,12 +64,14 @@ class Config:
             if source.get(name, expected) != expected:
                 raise ValueError(f'"{name}": {source[name]!r} is not supported, only {expected!r}')
         tied = source.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise ValueError(f'"tie_word_embeddings" must be true or false, got {tied!r}')
         theta = _rope_theta(source)
-        return cls(**values, rope_theta=theta, tie_word_embeddings=bool(tied), source=dict(source))
+        return cls(**values, rope_theta=theta, tie_word_embeddings=tied, source=dict(source))
 
 
 def _positive(name, value, kind):
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
         raise ValueError(f'"{name}" must be a positive {kind.__name__}, got {value!r}')
     return value
 
@@ -76,6 +79,8 @@ def _positive(name, value, kind):
 def _rope_theta(source):
     """transformers 5 writes `rope_parameters`, 4 `rope_theta` (and `rope_scaling` for other types)."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f'"rope_parameters" must be an object, got {rope!r}')
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f'the RoPE type "{kind}" is not supported, only "default"')

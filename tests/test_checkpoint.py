@@ -125,6 +125,7 @@ BROKEN = {
     "bad tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), "not a readable tokenizer.json"),
     "bad json": (lambda p: (p / "config.json").write_text("{"), "config.json: not valid JSON"),
     "missing key": (lambda p: break_config(p, head_dim=None), 'config.json: the key "head_dim" is missing'),
+    "many layers": (lambda p: break_config(p, num_hidden_layers=10**6), "1000000 layers, .* have 2"),
     "small vocabulary": (lambda p: break_config(p, vocab_size=800), "vocab_size of only 800"),
     "wrong shape": (lambda p: break_config(p, intermediate_size=192), r"gate_proj.*\[128, 64\].*\[192, 64\]"),
     "missing tensor": (lambda p: break_weights(p, lambda t: t.pop(HEAD)), r"missing 1 \(lm_head.weight\)"),

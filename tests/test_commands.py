@@ -269,7 +269,10 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
     [
         (["train.py", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["train.py", "--steps", "six"], "--steps: invalid int value: 'six'"),
-        (["train.py", "--lr", "nan"], "--lr must be at least 0.0, got nan"),
+        (["train.py", "--lr", "nan"], "--lr must be at least 0.0 and below 1000.0, got nan"),
+        (["train.py", "--lr", "1e300"], "--lr must be at least 0.0 and below 1000.0, got 1e+300"),
+        (["train.py", "--weight-decay", "inf"], "--weight-decay must be at least 0.0, and finite, got inf"),
+        (["train.py", "--init-random", "--train-data", "bad.tsv"], "bad.tsv, line 2"),
         (["train.py", "--beta2", "1"], "--beta2 must be at least 0.0 and below 1.0, got 1.0"),
         (["train.py", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["train.py", "--optimizer-state", "fp4"], "--optimizer-state: invalid choice: 'fp4'"),

@@ -253,6 +253,10 @@ def test_sampling_settings_choose_among_the_likeliest():
         ({"num_key_value_heads": 3}, "multiple"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'RoPE type "yarn"'),
         ({"attention_bias": True}, '"attention_bias": True is not supported'),
+        ({"tie_word_embeddings": "false"}, "\"tie_word_embeddings\" must be true or false, got 'false'"),
+        ({"rope_parameters": "x"}, "\"rope_parameters\" must be an object, got 'x'"),
+        ({"rms_norm_eps": float("nan")}, '"rms_norm_eps" must be a positive float, got nan'),
+        ({"rope_theta": float("inf")}, '"rope_theta" must be a positive float, got inf'),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_by_name(change, message):

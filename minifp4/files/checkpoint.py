@@ -54,11 +54,11 @@ def load(path=BASE, *, input_dat=None, quantize=True, device="cpu", compute_dtyp
     directory = model_directory(path)
     config, tokenizer = read_config(directory), read_tokenizer(directory)
     check_vocabulary(directory, config, tokenizer)
+    files = [dat.DatFile(existing(Path(input_dat)))] if input_dat else open_weights(directory)
+    check_layers(directory, config, files)
     with torch.device("meta"):
         model = Qwen3(config, quantize)
-    read_weights(
-        model, [dat.DatFile(existing(Path(input_dat)))] if input_dat else open_weights(directory), device
-    )
+    read_weights(model, files, device)
     model.set_compute_dtype(compute_dtype or default_compute_dtype(device))
     return model, tokenizer
 
@@ -82,6 +82,16 @@ def check_vocabulary(directory, config, tokenizer):
         raise ValueError(
             f"{directory}: the tokenizer has the token {tokenizer.largest}, config.json a vocab_size of only "
             f"{config.vocab_size}; these files do not belong together"
+        )
+
+
+def check_layers(directory, config, files):
+    """Raise ValueError if config.json promises more layers than there are, before they take memory."""
+    names = [name.split(".") for file in files for name in file.entries]
+    layers = {name[2] for name in names if name[:2] == ["model", "layers"] and len(name) > 2}
+    if layers and len(layers) < config.num_hidden_layers:
+        raise ValueError(
+            f"{directory}: config.json says {config.num_hidden_layers} layers, the weights have {len(layers)}"
         )
 
 

@@ -36,7 +36,7 @@ class SafeFile(TensorFile):
     def __init__(self, path):
         super().__init__(path)
         header, start = self._header()
-        self.metadata = header.pop("__metadata__", {})
+        self.metadata = header.pop("__metadata__", None) or {}
         if not isinstance(self.metadata, dict) or not all(
             isinstance(text, str) for text in self.metadata.values()
         ):
@@ -83,7 +83,7 @@ def _no_duplicates(pairs):
 
 
 def _entry(entry, where):
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise ValueError(f"{where}: expected dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
