@@ -174,7 +174,8 @@ def stopping():
 
 def run(main, kind, text):
     """The frame of a program: parse, run `main`, and turn a user's mistake into one line and status 2."""
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Console, before)
     try:
         main(parse(kind, sys.argv[1:], text))
     except (ValueError, OSError) as error:
@@ -183,3 +184,6 @@ def run(main, kind, text):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.stdout.flush()  # here a reader who has gone is still no matter
+        sys.stdout, sys.stderr = before

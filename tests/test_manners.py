@@ -44,7 +44,7 @@ def change(path, edit):
 
 def run(*words, **how):
     env = {**os.environ, "PYTHONPATH": str(ROOT), **how.pop("env", {})}
-    return subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *map(str, words)], env=env, **how)
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, words)], env=env, **how)
 
 
 # Disks
@@ -180,9 +180,11 @@ def test_a_console_without_a_character_shows_another(settings, tmp_path, encodin
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
-def test_a_reader_who_has_gone_ends_nothing(settings, tmp_path):
-    """`python train.py | head -1`"""
-    process = run(*words_of(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_reader_who_has_gone_ends_nothing(settings, tmp_path, unbuffered):
+    """`python train.py | head -1`, whether a line is written at once or at the end."""
+    env = {"PYTHONUNBUFFERED": unbuffered}
+    process = run(*words_of(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=env)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait() == 0 and process.stderr.read() == b""
