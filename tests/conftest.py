@@ -17,12 +17,12 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more kills, more random files")
+    parser.addoption("--long", action="store_true", help="compile a whole run; more kills, more random files")
 
 
 @pytest.fixture
 def long(request):
-    """Whether to take one's time: a few tests repeat until chance has had enough of it."""
+    """Whether to take one's time: to compile a whole run, and to repeat what depends on chance."""
     return request.config.getoption("--long")
 
 

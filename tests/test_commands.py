@@ -146,8 +146,10 @@ def test_flags_that_do_not(result, flag, monkeypatch):
     assert [line["step"] for line in metrics] == ([2, 3] if "log_every" in flag else [1, 2, 3])
 
 
-def test_compiling_changes_rounding_only(result, monkeypatch):
+def test_compiling_changes_rounding_only(result, monkeypatch, long):
     """The loss follows the uncompiled run's, and no code is compiled again after the second step."""
+    if not long:
+        pytest.skip("compiles for a minute: --long")
     how = dict(grad_clip=0.0, steps=4, sample_mode="sequential", batch_size=3)
     plain = result(**how)[1]
     counts, call = [], Step.__call__
