@@ -193,7 +193,7 @@ def find_start(settings):
         settings = replace(settings, model=settings.model or str(folder))
         return replace(settings, lr=default_rate(settings.lr, settings.model)), None
     source = checkpoint.model_directory(settings.resume or settings.out)
-    record = checkpoint.read_json(checkpoint.existing(source / "train.json"))
+    record = checkpoint.read_json(source / "train.json")
     old = settings_of(record, source / "train.json")
     for name in sorted(given(settings) - FREE) + ["steps"] * (old.schedule != "constant"):
         if getattr(settings, name) != getattr(old, name) and name in given(settings):

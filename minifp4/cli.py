@@ -145,7 +145,8 @@ class Console:
         try:
             return function(*values)
         except OSError:  # what is left in the stream's buffer would fail again, at the latest at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

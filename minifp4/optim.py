@@ -220,11 +220,12 @@ class AdamW:
         """
         largest, total = [], 0.0
         for rows in row_chunks(grad):
-            squares = grad[rows].float().square()
+            g = grad[rows].float()
+            squares = g.square()
             piece = (squares[:, 0::2] + squares[:, 1::2]).sum(1).sum()
             self.squares += piece
             total = total + piece
-            largest.append(grad[rows].float().abs().amax(1, keepdim=True))
+            largest.append(g.abs().amax(1, keepdim=True))
         return Survey(torch.cat(largest), total)
 
     def pieces(self, grad):

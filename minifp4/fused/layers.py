@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..linear import Linear
+from ..linear import Linear, value_of
 from ..loss import Elementwise, become_gradient, cross_entropy, log_sum
 from ..packed import Packed
 from . import codes, norms
@@ -74,7 +74,7 @@ def value(layer, kernels, dtype, rows=slice(None)):
         tensors = {name: raw(tensor)[rows] for name, tensor in weight.tensors().items() if tensor.dim()}
         return kernels.decode(tensors, weight.global_scale, not layer.quantized, dtype)
     if not layer.quantized:
-        return weight.detach()[rows].to(dtype)
+        return value_of(layer, dtype, rows)  # nothing to compute
     return kernels.fake_quantize(weight.detach()[rows], layer.group.global_scale(), dtype)
 
 
