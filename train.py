@@ -244,7 +244,7 @@ def check_together(settings, device):
     if settings.step_in_backward and settings.grad_clip:
         raise ValueError(
             f"--grad-clip {settings.grad_clip:g} needs the norm of all gradients, and with "
-            "--step-in-backward they never exist at once; leave it out (each update is limited to 5 times "
+            "--step-in-backward they never exist at once; leave it out (each update is limited to 10 times "
             "--lr anyway)"
         )
     if settings.keep_activations and not settings.activation_checkpointing:
@@ -410,6 +410,8 @@ def note(number, loss, norm, speed, step, settings, memory):
         "moved": step.optimizer.moved(), "tokens_per_second": speed,
         "peak_memory_gib": memory.peak() / GIB, "skipped": step.skipped.item(),
     }  # fmt: skip
+    if number == settings.steps:  # it takes a pass through all moments
+        record["floored"] = step.optimizer.floored()
     step.optimizer.reset_moved()
     log(record, settings)
     valid = {key: value if math.isfinite(value) else None for key, value in record.items()}  # JSON has no NaN
@@ -449,6 +451,7 @@ def log(record, settings):
         f"step    {record['step']}/{settings.steps}  loss {record['loss']:.4f}  lr {record['lr']:.1e}  "
         f"grad {record['grad_norm']:.2f}  moved {record['moved']:.3f}  "
         f"{record['tokens_per_second']:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
+        + (f"  floored {record['floored']:.2%}" if record.get("floored", 0) > 1e-4 else "")
         + (f"  skipped {record['skipped']} (not finite)" if record["skipped"] else ""),
         flush=True,
     )

@@ -13,14 +13,16 @@ rounded, and the update is made from the moments before they are rounded. What t
 
     w  stochastic rounding. A step of lr 1e-5 is far below the gap between neighbours even in bf16.
     m  stochastic rounding.
-    v  stored as sqrt(v), which halves its range of exponents; never 0 beside larger neighbours. int8 and
-       nvfp4 round it to nearest; bf16 stochastically, because a step changes it by less than bf16's gap.
+    v  stored as sqrt(v), which halves its range of exponents; never 0 beside larger neighbours. nvfp4 and
+       bf16 round it stochastically, because a step changes it by less than their gap; int8 to nearest.
 
 One number shows whether the weights really move: `moved`, the stored change along the requested one,
 
     moved = sum((w_stored - w) * sign(w_new - w)) / sum(|w_new - w|)
 
-It is 1 when all updates are stored (in the mean) and near 0 when rounding eats them.
+It is 1 when all updates are stored (in the mean) and near 0 when rounding eats them. What it cannot show is
+an update that was too small before it was stored: where sqrt(v) is less than the smallest number of its
+block, that is read instead, and the step is shorter than AdamW's. `floored` is the share of such numbers.
 
 Vectors (norm weights) are few: they and their moments stay in fp32, and no weight decay pulls them to 0.
 """
@@ -34,7 +36,9 @@ from .chance import random_bits, rounding_key
 from .nvfp4 import FP32_MIN, row_chunks
 from .storage import master, write, zeros
 
-MAX_UPDATE = 5.0  # the largest |u|: only a gradient far above all before it asks for more
+# The largest |u|. AdamW's own is at most 7.3 (betas .9 and .999, a gradient far above all before it); what
+# goes beyond is noise: an m that was rounded up from almost nothing over an exact sqrt(v).
+MAX_UPDATE = 10.0
 
 
 class Hyper(NamedTuple):
@@ -253,6 +257,14 @@ class AdamW:
         """Stored over requested movement since `reset_moved`; NaN before the first step."""
         requested, stored = self.movement.sum(1, dtype=torch.float64).tolist()
         return stored / requested if requested else math.nan
+
+    def floored(self):
+        """The share of sqrt(v) that is stored as the smallest number of its block; NaN where no block has
+        one."""
+        roots = (stores[2] for stores in self.stores.values())
+        counts = [root.floored() for root in roots if hasattr(root, "floored")]
+        floored, all_of_them = (sum(count).item() for count in zip(*counts)) if counts else (0, 0)
+        return floored / all_of_them if all_of_them else math.nan
 
     def reset_moved(self):
         self.movement.zero_()

@@ -350,7 +350,7 @@ def test_the_readme_names_the_kinds_and_flags_that_there_are():
     known = {word for program in programs for field in dataclasses.fields(program.Settings)
              for word in cli.spellings(field.name)}  # fmt: skip
     named = set(re.findall(r"(?<![-|])--[a-z][a-z-]+", text))
-    elsewhere = {"--help", "--local-dir", "--long", "--part", "--jobs", "--seeds"}  # hf, pytest, quality.py
+    elsewhere = {"--help", "--local-dir", "--long", "--quick"}  # of hf, pytest, quality.py
     assert named - elsewhere <= known
 
 

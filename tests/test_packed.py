@@ -118,9 +118,9 @@ def test_sixteen_places_for_each_code():
     one[0, 0] = 6  # this makes the block's scale 1
     weight = packed.pack(one, torch.tensor(1.0), True)
     assert weight.scale.item() == 1 and weight.stored()[0, 1] == 1.21875 and weight.decode()[0, 1] == 1
-    assert weight.more[0, 1].item() == 0xFF and weight.qdata[0, 1].item() == 0x22
+    assert weight.more[0, 1].item() == 0xEF and weight.qdata[0, 1].item() == 0x22
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 8])
-    places = torch.cat([torch.linspace(a, b, 17)[:-1] for a, b in zip(grid, grid[1:])])[: packed.LAST + 1]
+    places = torch.cat([torch.linspace(a, b, 17)[:-1] for a, b in zip(grid, grid[1:])])[: packed.LAST - 7]
     x = torch.cat([places, torch.full((-len(places) % 15,), 6.0)]).view(-1, 15)
     x = torch.cat([x, torch.full((len(x), 1), 6.0)], 1)
     for sign in (1, -1):
@@ -131,6 +131,18 @@ def test_sixteen_places_for_each_code():
         nearest = (weight.decode().abs().unsqueeze(-1) - grid[:-1]).abs().argmin(-1)
         distance = (x.clamp(max=6).unsqueeze(-1) - grid[:-1]).abs()
         assert (distance.gather(-1, nearest.unsqueeze(-1)).squeeze(-1) == distance.amin(-1)).all()
+
+
+def test_the_middle_between_two_codes_is_read_as_either():
+    """Read always as the higher one, a 32nd of all weights would be a step too large: the slope of what is
+    read against what is stored would be 1.0039 instead of .9955. The middle costs 1 % of squared error."""
+    x = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0)) * 0.05
+    scale = nvfp4.weight_global_scale(x)
+    plain, finer = (packed.pack(x, scale, kind).decode() for kind in (False, True))
+    slopes = [((read * x).sum() / (x * x).sum()).item() for read in (plain, finer)]
+    assert slopes[1] == pytest.approx(slopes[0], abs=3e-4)
+    errors = [(read - x).square().sum().item() for read in (plain, finer)]
+    assert errors[1] < 1.015 * errors[0]
 
 
 def test_more_bits_are_much_finer_than_the_codes():

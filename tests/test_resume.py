@@ -1,5 +1,6 @@
 """Stop, go on, and get the same bits; be killed at any moment, and lose nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, read_lines, small_directory, small_model, train
 
+import minifp4
+from minifp4 import packed
 from minifp4.files import checkpoint, safetensors
 from minifp4.files.atomic import bits, only_user
 
@@ -40,6 +43,47 @@ def all_tensors(directory):
         file = safetensors.SafeFile(directory / name)
         found |= {f"{name}: {key}": bits(file[key]) for key in file.entries}
     return found
+
+
+def test_a_checkpoint_of_format_1_reads_as_the_same_numbers(settings, tmp_path):
+    """Then sqrt(v) had the upper 8 of today's 16 codes, as 0 to 7; and nvfp4x2 read the middle between two
+    codes as the higher one in odd columns too, so `more` was 8 more than the place, not 7."""
+    how = {"master_dtype": "nvfp4x2", "optimizer_state": "nvfp4", "steps": 1}
+    path = train(**settings | how)
+    model, _ = minifp4.load(path)
+    file = safetensors.SafeFile(path / "model.safetensors")
+    codes = {name: file[name].clone() for name in file.entries}
+    for name in codes:
+        if not name.endswith("_more"):
+            continue
+        qdata, more = codes[name.removesuffix("_scale_more")], codes[name]
+        place = (qdata >> 4 & 7).int() * 16 + (more >> 4).int() + 1
+        qdata.copy_(qdata & 0x8F | (place // 16 << 4).byte())
+        more.copy_(more & 0x0F | (place % 16 << 4).byte())
+    moments = safetensors.SafeFile(path / "optimizer.safetensors")
+    moments = {name: moments[name].clone() for name in moments.entries}
+    roots = {name: tensor for name, tensor in moments.items() if name.endswith("sqrt_exp_avg_sq.qdata")}
+    for tensor in roots.values():
+        if tensor.dtype == torch.uint8:
+            tensor.bitwise_and_(0x77)
+    record = checkpoint.read_json(path / "train.json")
+    assert record.pop("format") == 2
+    (path / "train.json").write_text(json.dumps(record))
+    safetensors.write(path / "model.safetensors", codes)
+    safetensors.write(path / "optimizer.safetensors", moments)
+    again, _ = minifp4.load(path)
+    for old, new in zip(model.parameters(), again.parameters()):
+        assert torch.equal(packed.stored_values(old), packed.stored_values(new))
+    optimizer = minifp4.AdamW(
+        [(name, p.requires_grad_()) for name, p in again.named_parameters()], state="nvfp4"
+    )
+    checkpoint.read_moments(path, optimizer)
+    for name, tensor in roots.items():
+        if tensor.dtype == torch.uint8:
+            assert torch.equal(optimizer.tensors()[name], tensor | 0x88)
+    (path / "train.json").write_text(json.dumps(record | {"format": 3}))
+    with pytest.raises(ValueError, match="train.json: format 3; this version reads 1 to 2"):
+        minifp4.load(path)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ..chat import SPECIAL_TOKENS, Tokenizer
 from ..masters import default_compute_dtype, set_weight
 from ..model import Config, Qwen3
 from ..nvfp4 import BLOCK, row_chunks
-from ..packed import Packed, pack_exactly
+from ..packed import PLACES, Packed, pack_exactly
 from ..storage import FLOATS
 from ..vocabulary import CHAT_TEMPLATE
 from . import dat, layouts, safetensors
@@ -29,6 +29,7 @@ from .layouts import ACTIVATION_SCALES, EMBEDDING, HEAD, find_packed, module_of,
 
 BASE = Path(__file__).parents[1] / "assets" / "base"  # the bundled model
 WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
+FORMAT = 2  # of checkpoints: `_from_format_1` says what was different
 SHARD_BYTES = 5 * 10**9  # of one file of an export
 # What else a model directory may hold that a server wants; copied as it is.
 COMPANIONS = (
@@ -163,10 +164,13 @@ def read_weights(model, files, device):
     """Fill `model` (on the meta device) from `files`, tensor by tensor; every tensor must have its place."""
     # A checkpoint of train.py says itself what is NVFP4; dense masters that lie on its grid stay dense.
     ours = (files[0].path.parent / "train.json").is_file()
+    older = ours and _is_older(files[0].path.parent)
     found = find_weights(model, files)
     for name, meta in dict(model.named_parameters()).items():
         file, parts = found[name]
         value = read_weight(file, name, parts, device)
+        if older and isinstance(value, Packed) and value.more is not None:
+            value.qdata, value.more = _from_format_1(value.qdata, value.more)
         if value.shape != meta.shape or value.dtype not in FLOATS.values():
             raise ValueError(
                 f"{file.path}: {name!r} is {value.dtype} {[*value.shape]}, "
@@ -261,15 +265,17 @@ def save(out, model, tokenizer, optimizer, record):
         aside.mkdir(parents=True)
         write_model(aside, model.config, tokenizer, tensors)
         safetensors.write(aside / OPTIMIZER, optimizer.tensors())
-        write_json(aside / "train.json", {"optimizer_steps": optimizer.steps, **record})
+        write_json(aside / "train.json", {"format": FORMAT, "optimizer_steps": optimizer.steps, **record})
     return directory
 
 
 def read_moments(directory, optimizer):
     """Continue `optimizer` from the checkpoint `directory`; returns its train.json.
 
-    Every moment must be there, in the precision of this run.
+    Every moment must be there, in the precision of this run. sqrt(v) in 4 bits had 8 codes in format 1, which
+    are the upper 8 of the 16 that it has now.
     """
+    older = _is_older(directory)
     file, wanted = safetensors.SafeFile(existing(directory / OPTIMIZER)), optimizer.tensors()
     differing = sorted(file.entries.keys() ^ wanted.keys())
     if differing:
@@ -278,9 +284,29 @@ def read_moments(directory, optimizer):
         if file.entries[name] != (tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{file.path}: {name!r} is {file.entries[name]}, this run needs {tensor.dtype}")
         tensor.copy_(file[name])
+        if older and name.endswith("sqrt_exp_avg_sq.qdata") and tensor.dtype == torch.uint8:
+            tensor |= 0x88
     record = read_json(directory / "train.json")
     optimizer.steps = number_in(record, "optimizer_steps", directory / "train.json")
     return record
+
+
+def _is_older(directory):
+    """Whether a checkpoint is of format 1; ValueError if it is of none that is known."""
+    path = directory / "train.json"
+    found = number_in({"format": 1} | read_json(path), "format", path)
+    if not 1 <= found <= FORMAT:
+        newer = "was it made by a newer version?"
+        raise ValueError(f"{path}: format {found}; this version reads 1 to {FORMAT}: {newer}")
+    return found == 1
+
+
+def _from_format_1(qdata, more):
+    """Codes and further bits of `nvfp4x2` as they are now. The place in the middle between two codes was read
+    as the higher one everywhere; now it is so in even columns only."""
+    place = (qdata >> 4 & 7) * PLACES + (more >> 4) - 1  # of odd columns, and with its new offset
+    qdata = qdata & 0x8F | place // PLACES << 4
+    return qdata, more & 0x0F | place % PLACES << 4
 
 
 def number_in(record, key, path):

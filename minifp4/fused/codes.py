@@ -30,6 +30,7 @@ E4M3_NAN = 480.0  # stands for NaN where scales are numbers: it would have the b
 BOTH = 0x00010001  # times a number: the same number in both halves of an int32
 RANDOM = 2**DRAWS  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 MORE = 4  # bits of `nvfp4x2` beyond a code's
+MIDDLES = PLACES // 2, PLACES // 2 - 1  # where among its places a code lies, in even and in odd columns
 
 
 def halves(x):
@@ -236,7 +237,7 @@ def stored(parts, global_scale, finer):
     if not finer:
         return decode(codes, scale, global_scale)
     codes, more = spread(codes), spread(parts["more"])
-    places = ((codes & 7 * BOTH) << MORE) + more - PLACES // 2 * BOTH  # none is below 0
+    places = ((codes & 7 * BOTH) << MORE) + more - (MIDDLES[0] | MIDDLES[1] << 16)  # none is below 0
     bits = fp16_bits(places, codes & 8 * BOTH, MORE)
     return scaled(both_fp16(bits), scale, global_scale * E2M1_UNIT)
 
@@ -271,9 +272,10 @@ def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
 def _places(x, scale, encode_scale, bits):
     """The codes and the four more bits of `nvfp4x2`."""
     inverse, nibbles = inverse_scale(scale, encode_scale), []
-    for half, drawn in zip(in_blocks(x), (None, None) if bits is None else in_blocks(bits)):
+    bits = (None, None) if bits is None else in_blocks(bits)
+    for half, drawn, middle in zip(in_blocks(x), bits, MIDDLES):
         y = half * inverse
-        place = (rounded(y, drawn, SEVEN, MORE) >> 28 - MORE).clamp(max=LAST) + PLACES // 2
+        place = ((rounded(y, drawn, SEVEN, MORE) >> 28 - MORE) + middle).clamp(max=LAST)
         sign = y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
         nibbles.append((place >> MORE | sign, place & PLACES - 1))
     qdata, more = ((even | odd << 4).to(torch.uint8).flatten(-2) for even, odd in zip(*nibbles))

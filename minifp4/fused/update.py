@@ -20,11 +20,14 @@ from . import codes
 from .codes import RANDOM, SIX, e4m3_byte, in_blocks, inverse_scale, paired, pairs, raw, scaled, unpaired
 from .compiled import any_length, compiled
 
-HALF, FIVE = 0x3F000000, 0x40A00000  # the bits of .5 and of 5 (`optim.MAX_UPDATE`) in fp32
+LEAST_ROOT, TEN = 0x3D000000, 0x41200000  # the bits of 1/32 and of 10 (`optim.MAX_UPDATE`) in fp32
 LAUNCH = 2**25  # weights that one kernel updates, at most: more are no faster, and `MomentTwin.of_blocks`
 # is exact up to twice as many.
 # For the compiler, which would split `update`, and check in it that every block's row exists.
-ONE_KERNEL = {"max_fusion_size": 512, "assert_indirect_indexing": False, "realize_opcount_threshold": 100}
+ONE_KERNEL = {
+    "max_fusion_size": 512, "score_fusion_memory_threshold": 1, "realize_opcount_threshold": 100,
+    "assert_indirect_indexing": False,
+}  # fmt: skip
 A_BLOCK_A_THREAD = {"XBLOCK": 128, "num_warps": 4}  # so that threads exchange nothing
 
 
@@ -121,8 +124,8 @@ class MomentTwin:
         if not self.bits8 and not self.positive:
             return codes.decode(parts["qdata"], *scales)
         numbers = parts["qdata"].to(torch.int32)
-        if not self.bits8:  # a code's three bits are the last of the exponent and the first of the mantissa
-            bits = ((numbers & 7) << 22) + HALF, ((numbers & 7 << 4) << 18) + HALF
+        if not self.bits8:  # a code's bits are the last three of the exponent and the first of the mantissa
+            bits = ((numbers & 15) << 22) + LEAST_ROOT, ((numbers & 15 << 4) << 18) + LEAST_ROOT
             return scaled([half.view(torch.float32) for half in bits], *scales)
         if self.positive:
             numbers = numbers & 0xFF, numbers >> 8 & 0xFF
@@ -136,15 +139,17 @@ class MomentTwin:
         if self.bits8:
             qdata, scale = self._encode8(x, encode_scale, None if self.positive else bits)
         elif self.positive:
-            qdata, scale = self._encode_root(x, encode_scale)
+            qdata, scale = self._encode_root(x, encode_scale, bits)
         else:
             qdata, scale = codes.encode(x, encode_scale, bits)
         return {"qdata": qdata, "scale": scale, "row_scale": row_scale}
 
-    def _encode_root(self, x, encode_scale):
+    def _encode_root(self, x, encode_scale, bits):
         y, scale = self._in_units(x, encode_scale, upward=False)
-        # Half a step, and cut off what is below the codes' bits.
-        y = [half.view(torch.int32).clamp(HALF, SIX) - HALF + RANDOM // 2 for half in y]
+        # From a code to the next is one step of bit 22. Add half of one, and by chance up to as much more or
+        # less (`bits >> 10` has a sign); then cut off what is below.
+        y = [half.view(torch.int32).clamp(LEAST_ROOT, SIX) - LEAST_ROOT + RANDOM // 2 for half in y]
+        y = y if bits is None else [half + drawn for half, drawn in zip(y, bits)]
         even, odd = (half >> 22 for half in y)
         return (even | odd << 4).to(torch.uint8), e4m3_byte(scale)
 
@@ -169,7 +174,7 @@ class MomentTwin:
 
 def limited(u):
     """`optim.limited`: comparing the bits of magnitudes takes fewer instructions."""
-    return codes.limited(u, FIVE).view(torch.float32).copysign(u)
+    return codes.limited(u, TEN).view(torch.float32).copysign(u)
 
 
 TWINS = {Float: FloatTwin, Weight: WeightTwin, NVFP4Moment: MomentTwin, Int8Moment: MomentTwin}

@@ -1,226 +1,282 @@
-"""What does each precision cost? Small Qwen3s learn Python from scratch, and then another part of it.
+"""What does each precision cost? Small Qwen3s learn Python from scratch, then C++, then to converse.
 
-    python tests/benchmarks/quality.py --quick            a CPU, three minutes, the same conclusions in small
-    python tests/benchmarks/quality.py --jobs 12          a GPU
-    python tests/benchmarks/quality.py --jobs 12 --part ideas  ways to a better 4 bits, each alone
+    python tests/benchmarks/quality.py                a GPU, in under ten minutes
+    python tests/benchmarks/quality.py --quick        a CPU, in small: it says what it cannot decide
+    python tests/benchmarks/quality.py lora           beside LoRA on the same base in 4 bits (needs peft)
+    python tests/benchmarks/quality.py ideas          ways to a better 4 bits, each alone (`ideas.py`)
+    python tests/benchmarks/quality.py lengths        half and four times as many steps
     python tests/benchmarks/quality.py --plot FILE.json   the figure of the README
 
-The text is what every machine with Python has: the sources of its standard library, some packages kept back
-as a second domain, a BPE trained on the spot. Every run of a seed starts from the same weights and sees the
-same batches; losses are means over fixed held-out text of the domain that is learned, and gaps are to fp32
-AdamW with the same W4 forward.
+Two things make a small difference visible. No text is seen twice (`texts.py`), so that a run measures what is
+learned, not what is remembered. And every kind of a seed starts from the same weights and sees the same
+batches, so that luck is common to all and leaves the difference: a gap is that of a kind to fp32 AdamW with
+the same seed and the same forward pass through NVFP4, and the mean of these gaps has a 95 % confidence
+interval (Student's t over the seeds). Where it includes 0, nothing is decided.
 """
 
 import argparse
 import concurrent.futures
+import importlib.util
 import json
 import multiprocessing
 import os
 import statistics
 import sys
-import sysconfig
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import ideas
 import minifp4
-from minifp4 import chance, chat, masters, nvfp4, storage, vocabulary
+from minifp4 import masters
 from minifp4.fused import fuse, record
 from minifp4.model import Config
-from minifp4.packed import bytes_of
+from minifp4.packed import Packed, bytes_of
 from minifp4.step import Step
+from texts import Rows, make_texts
 
 RESULTS = Path(__file__).parent / "results"
-SECOND = "asyncio email xml http urllib unittest concurrent multiprocessing json logging".split()
-FULL = dict(hidden=384, layers=6, vocabulary=4096, tokens=256, batch=16, steps=2000, tune=300, seeds=4)
-QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=150, tune=60, seeds=1)
+FULL = dict(hidden=512, layers=6, vocabulary=8192, tokens=256, batch=64, steps=1000, tune=250, talk=60,
+            lr=1e-3, seeds=4, held=400_000)  # fmt: skip
+QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=90, tune=30, talk=15, lr=3e-3,
+             seeds=4, held=16_000)  # fmt: skip
+RUN_GIB = 5.0  # of GPU memory that one run in FULL takes, with what the process itself does
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, two-sided, for 1, 2, ... degrees
 REFERENCE = "fp32 fp32"
 # name: master, state, and what else differs from the usual settings
 GRID = {
     "no quantization": {"master": "fp32", "state": "fp32", "quantize": False},
     REFERENCE: {"master": "fp32", "state": "fp32"},
-    "bf16 int8": {"master": "bf16", "state": "int8"},
     "bf16 nvfp4": {"master": "bf16", "state": "nvfp4"},
     "nvfp4x2 nvfp4": {"master": "nvfp4x2", "state": "nvfp4"},
     "nvfp4 nvfp4": {"master": "nvfp4", "state": "nvfp4"},
     "nvfp4 nvfp4, nearest": {"master": "nvfp4", "state": "nvfp4", "rounding": "nearest"},
 }
-IN_FIGURE = {name: GRID[name] for name in (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4", "nvfp4 nvfp4, nearest")}
-TUNED = {name: GRID[name] for name in (*IN_FIGURE, "bf16 nvfp4")}
-IDEAS = {  # each alone, from scratch
-    "fp32 fp32, blocks scaled to 6 or 4": {"master": "fp32", "state": "fp32", "four_over_six": True},
-    "bf16 nvfp4": {"master": "bf16", "state": "nvfp4"},
-    "bf16 nvfp4, sqrt(v) stochastic": {"master": "bf16", "state": "stochastic root"},
-    "bf16 nvfp4, sqrt(v) with three exponent bits": {"master": "bf16", "state": "wide root"},
-    "nvfp4 nvfp4, beta2 .99": {"master": "nvfp4", "state": "nvfp4", "beta2": 0.99},
-    "nvfp4 nvfp4": {"master": "nvfp4", "state": "nvfp4"},
-    "nvfp4 nvfp4, head, embedding, last layer x2": {"master": "nvfp4", "state": "nvfp4", "finer_ends": True},
-}  # fmt: skip
+IN_FIGURE = (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4", "nvfp4 nvfp4, nearest")
+LENGTHS = {name: GRID[name] for name in (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4")}
+TUNED = {name: GRID[name] for name in (REFERENCE, *list(GRID)[2:])}
+TUNING = [("c++", 1e-5), ("c++", 1e-4), ("talk", 1e-4)]  # domain and learning rate
+RATES = 3e-4, 1e-3, 3e-3  # of which the comparison with LoRA takes the best of each
+LORA = {f"LoRA, r {rank}": {"rank": rank} for rank in (16, 64)}
+BESIDE = {name: GRID[name] for name in (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4")}
 
 
-def four_over_six(layer, dtype, rows=slice(None)):
-    """What a 4-bit product makes of a weight if each block's largest number lands on 6 or on 4, whichever
-    leaves the smaller error: 4 leaves a finer step at the top. In the place of `Linear.value`."""
-    x, scale, tries = layer.weight.detach()[rows].float(), layer.group.global_scale(), []
-    blocks = x.unflatten(-1, (-1, nvfp4.BLOCK))
-    for top in (6.0, 4.0):
-        scales = nvfp4.block_scale(blocks.abs().amax(-1) * (6.0 / top), 1 / scale)
-        qdata, _ = nvfp4.encode(x, 1 / scale, scale=scales)
-        tries.append(nvfp4.decode(qdata, scales, scale).view_as(blocks))
-    errors = [(one - blocks).square().sum(-1, keepdim=True) for one in tries]
-    return torch.where(errors[0] <= errors[1], *tries).flatten(-2).to(dtype)
+class Trainer:
+    """A model of one kind and its optimizer, which begin anew for each run: compiled and recorded once."""
+
+    def __init__(self, job):
+        self.size, self.how, self.device = job["size"], job["how"], job["device"]
+        self.directory = Path(job["directory"])
+        ideas.apply(self.how)
+        self.model = self.new(0)
+        self.optimizer = minifp4.AdamW(
+            self.model.named_parameters(), betas=(self.how.get("beta1", 0.9), self.how.get("beta2", 0.95)),
+            weight_decay=self.how.get("decay", 0.1), state=self.how["state"],
+            rounding=self.how.get("rounding", "stochastic"),
+        )  # fmt: skip
+        self.step = Step(self.model, self.optimizer, grad_clip=1.0)
+        if self.device != "cpu":
+            fuse(self.model, self.optimizer)
+            record(self.step)
+        ideas.change(self.model, self.how)
+
+    def new(self, seed, base=None):
+        """The model at the start of a run, from scratch or from the weights in the file `base`."""
+        model = masters.initialize(
+            config_of(self.size), seed, quantize=self.how.get("quantize", True), device=self.device
+        )
+        if base:
+            model.load_state_dict(torch.load(base, map_location=self.device, weights_only=True))
+        masters.set_masters(model, self.how["master"], finer_ends=self.how.get("finer_ends", False))
+        model.set_compute_dtype(torch.float32 if self.device == "cpu" else torch.bfloat16)
+        ideas.change_weights(model, self.how)
+        return model
+
+    def begin(self, seed, base):
+        for mine, theirs in zip(self.model.parameters(), self.new(seed, base).parameters()):
+            pairs = zip(mine.tensors().values(), theirs.tensors().values()) if isinstance(mine, Packed) else (
+                [(mine.detach(), theirs.detach())])
+            for kept, new in pairs:
+                kept.copy_(new)
+        for tensor in self.optimizer.tensors().values():
+            tensor.zero_()
+        self.optimizer.steps, self.optimizer.seed = 0, seed
+        self.optimizer.reset_moved()
+
+    def run(self, domain, lr, steps, seed, base=None, keep=None):
+        """One run; `keep`: the file to leave its weights in."""
+        self.begin(seed, base)
+        train, held = self.rows(domain, "train"), self.rows(domain, "held")
+        begin, losses, together = self.loss(held), [], self.how.get("accumulate", 1)
+        start = time.perf_counter()
+        updates = max(1, steps // together)
+        for number in range(updates):
+            batches = [train.batch(number * together + part, seed) for part in range(together)]
+            self.optimizer.lr = rate(self.how, lr, number, updates)
+            losses.append(self.step(batches)[0].detach().clone())
+            ideas.after_step(self.model, self.how, self.optimizer.lr)
+        moved = self.optimizer.moved()
+        seconds = time.perf_counter() - start
+        if keep:
+            torch.save(self.model.state_dict(), keep)
+        matrices = [p for p in self.model.parameters() if p.dim() == 2]
+        moments = sum(t.nbytes for name, t in self.optimizer.tensors().items() if "norm" not in name)
+        weights = sum(p.numel() for p in matrices)
+        return {
+            "val": self.loss(held), "start": begin, "moved": moved, "floored": self.optimizer.floored(),
+            "losses": [round(x, 4) for x in torch.stack(losses).tolist()],
+            "forgets": self.loss(self.rows("python", "held")) if base else None, "seconds": seconds,
+            "bytes": (sum(map(bytes_of, matrices)) + moments) / weights,
+        }  # fmt: skip
+
+    def rows(self, domain, part):
+        return Rows(self.directory, domain, part, self.size, self.device)
+
+    @torch.no_grad()
+    def loss(self, held):
+        return mean_loss(held, lambda ids, labels: self.model.loss(ids, labels, select=False))
 
 
-class Root(storage.NVFP4Moment):
-    """sqrt(v) in 4 bits with other codes, or another rounding: what the two ideas below share."""
-
-    LEVELS = torch.tensor(storage.ROOT)
-    stochastic = False
-
-    def read(self, rows):
-        if not self.positive:
-            return super().read(rows)
-        qdata, scale, row_scale = (tensor[rows] for tensor in self.tensors.values())
-        codes = torch.stack([qdata & 15, qdata >> 4], -1).flatten(-2).long()
-        return nvfp4.from_units(self.LEVELS.to(qdata.device)[codes], scale, row_scale)
-
-    def encode(self, x, rows, bits=None, bound=None):
-        if not self.positive:
-            return super().encode(x, rows, bits, bound)
-        upward, levels = self.stochastic and bits is not None, self.LEVELS.to(x.device)
-        scale, encode_scale, row_scale = storage.new_scales(x, bound, 6.0, upward, never_zero=True)
-        y = nvfp4.in_units(x.unflatten(-1, (-1, nvfp4.BLOCK)), scale, encode_scale).flatten(-2)
-        y = y.clamp(levels[0], levels[-1])
-        above = torch.bucketize(y, levels).clamp(1, len(levels) - 1)
-        share = (y - levels[above - 1]) / (levels[above] - levels[above - 1])
-        least = chance.uniform(bits) if upward else 0.5
-        codes = above - 1 + (share > least)
-        return {"qdata": nvfp4.pair(codes.to(torch.uint8)), "scale": scale, "row_scale": row_scale}
+def config_of(size):
+    hidden = size["hidden"]
+    shape = (size["vocabulary"], hidden, 3 * hidden, size["layers"], hidden // 64, 1, 64)
+    return Config(*shape, rms_norm_eps=1e-6, rope_theta=1e4)
 
 
-class StochasticRoot(Root):
-    """sqrt(v) rounded stochastically."""
-
-    stochastic = True
-
-
-class WideRoot(Root):
-    """The idle sign bit as a third exponent bit: 15 codes from 3/64 to 6 instead of 8 from 1/2."""
-
-    LEVELS = torch.tensor([3 / 64] + [m * 2.0**e for e in range(-4, 3) for m in (1, 1.5)])
+def rate(how, lr, number, steps):
+    """The learning rate of a step: up for 50 steps, and down to 0 in the last 30 % of all."""
+    up, down = (number + 1) / min(50, steps / 4), (steps - number) / (how.get("down", 0.3) * steps)
+    return how.get("lr", 1.0) * lr * min(1, up, down)
 
 
-KINDS = {"stochastic root": StochasticRoot, "wide root": WideRoot}
+def mean_loss(held, loss):
+    """The mean over all learned tokens of some rows."""
+    total = counted = 0
+    for ids, labels in (held.batch(number) for number in range(len(held))):
+        count = (labels[:, 1:] != -100).sum()
+        total, counted = total + loss(ids, labels) * count, counted + count
+    return (total / counted).item()
 
 
-def make_data(size, directory):
-    """Tokens of both domains, {a, b}.{train, val}.npy in `directory`; the last tenth of the files is held
-    out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(p.parts)
-    )
-    domains = {"a": [], "b": []}
-    for path in files:
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        domains["b" if path.relative_to(root).parts[0] in SECOND else "a"].append(text)
-    sample = domains["a"][::3] + domains["b"][::3]
-    vocabulary.train_tokenizer(sample, size["vocabulary"], directory)
-    tokenizer = chat.Tokenizer(directory / "tokenizer.json")
-    for name, texts in domains.items():
-        texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
-        cut = len(texts) * 9 // 10
-        for part, chosen in (("train", texts[:cut]), ("val", texts[cut:])):
-            ids = [number for encoded in tokenizer.core.encode_batch(chosen) for number in encoded.ids]
-            np.save(directory / f"{name}.{part}.npy", np.array(ids, np.int32))
+class Lora(Trainer):
+    """Hugging Face's Qwen3 with the values of the 4-bit base, frozen, and `peft`'s LoRA beside every linear
+    layer."""
 
+    def __init__(self, job):
+        self.size, self.rank, self.device = job["size"], job["how"]["rank"], job["device"]
+        self.directory, self.how = Path(job["directory"]), {"master": "fp32"}
 
-def batch_of(tokens, size, seed, device):
-    starts = np.random.default_rng(seed).integers(0, len(tokens) - size["tokens"], size["batch"])
-    rows = np.stack([tokens[start : start + size["tokens"]] for start in starts])
-    return torch.from_numpy(rows.astype(np.int64)).to(device)
+    def begin(self, seed, base):
+        from peft import LoraConfig, get_peft_model
+        from transformers import Qwen3Config, Qwen3ForCausalLM
 
+        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        source = self.new(seed, base)
+        c, values = source.config, source.state_dict()
+        modules = dict(source.named_modules())
+        for name in [name for name, p in source.named_parameters() if p.dim() == 2]:
+            if "embed" not in name:
+                values[name] = modules[name.removesuffix(".weight")].value(dtype)
+        shape = {name: getattr(c, name) for name in list(Config.__annotations__)[:8]}
+        config = Qwen3Config(**shape, rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"},
+                             tie_word_embeddings=False)  # fmt: skip
+        frozen = Qwen3ForCausalLM(config)
+        frozen.load_state_dict(values)
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear")
+        self.model = get_peft_model(frozen.to(self.device, dtype), lora)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        weights = sum(p.numel() for p in source.parameters())
+        self.bytes = 0.5625 + 12 * sum(p.numel() for p in trained) / weights
 
-@torch.no_grad()
-def validate(model, tokens, size):
-    batches = [batch_of(tokens, size, (999, n), model.device) for n in range(32)]
-    return torch.stack([model.loss(ids, ids, select=False) for ids in batches]).mean().item()
+    def run(self, domain, lr, steps, seed, base=None, keep=None):
+        self.begin(seed, base)
+        train, held = self.rows(domain, "train"), self.rows(domain, "held")
+        begin, losses, start = self.loss(held), [], time.perf_counter()
+        for number in range(steps):
+            ids, labels = train.batch(number, seed)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate({}, lr, number, steps)
+            loss = self.model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        losses = torch.stack(losses).tolist()
+        seconds = time.perf_counter() - start
+        return {"val": self.loss(held), "start": begin, "losses": losses, "moved": 1.0, "floored": 0.0,
+                "bytes": self.bytes, "forgets": self.loss(self.rows("python", "held")),
+                "seconds": seconds}  # fmt: skip
+
+    @torch.no_grad()
+    def loss(self, held):
+        return mean_loss(held, lambda ids, labels: self.model(input_ids=ids, labels=labels).loss)
 
 
 def one_kind(job):
-    """Train one model for each seed: {seed: {val, start, losses, moved, bytes}}. `job`: see `main`."""
+    """All runs of a kind in a process of its own: {(title, seed): what `run` returns}."""
     torch.set_num_threads(job["threads"])
-    return {seed: one_run(job, seed) for seed in range(job["seeds"])}
+    if job["gpu"] is not None:
+        torch.cuda.set_device(job["gpu"])
+    trainer = (Lora if "rank" in job["how"] else Trainer)(job)
+    found = {}
+    for title, settings in job["runs"].items():
+        for seed in range(job["seeds"]):
+            base = Path(job["directory"]) / f"base{seed}.pt"
+            files = {"base": None, "keep": base if job["keep"] else None}
+            if settings["domain"] != "python":
+                files = {"base": base}
+            found[title, seed] = trainer.run(**settings, **files, seed=seed)
+    return found
 
 
-def one_run(job, seed):
-    size, how, device = job["size"], job["how"], job["device"]
-    directory, on_gpu = Path(job["directory"]), device == "cuda"
-    train, val = (
-        np.load(directory / f"{job['domain']}.{part}.npy", mmap_mode="r") for part in ("train", "val")
-    )
-    heads, wide = size["hidden"] // 64, 3 * size["hidden"]
-    shape = (size["vocabulary"], size["hidden"], wide, size["layers"], heads, 1, 64)
-    config = Config(*shape, rms_norm_eps=1e-6, rope_theta=1e4)
-    model = masters.initialize(config, seed, quantize=how.get("quantize", True), device=device)
-    model.set_compute_dtype(torch.bfloat16 if on_gpu else torch.float32)
-    base = directory / f"base{seed}.pt"
-    if job["domain"] == "b":
-        model.load_state_dict(torch.load(base, map_location=device, weights_only=True))
-    masters.set_masters(model, how["master"], finer_ends=how.get("finer_ends", False))
-    storage.KINDS.update(KINDS)
-    optimizer = minifp4.AdamW(
-        model.named_parameters(), betas=(0.9, how.get("beta2", 0.95)), weight_decay=0.1, state=how["state"],
-        rounding=how.get("rounding", "stochastic"), seed=seed,
-    )  # fmt: skip
-    step = Step(model, optimizer, grad_clip=1.0)
-    if on_gpu:
-        fuse(model, optimizer)
-        record(step)
-    for layer in model.linears() if how.get("four_over_six") else ():
-        layer.value = partial(four_over_six, layer)
-    begin, losses = validate(model, val, size), []
-    for number in range(job["steps"]):
-        ids = batch_of(train, size, (seed, number), device)
-        optimizer.lr = job["lr"] * min(1, (number + 1) / 50, (job["steps"] - number) / (0.3 * job["steps"]))
-        losses.append(step([(ids, ids)])[0])
-    if job["save"]:
-        torch.save(model.state_dict(), base)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    return {
-        "val": validate(model, val, size),
-        "start": begin,
-        "losses": [round(x, 4) for x in torch.stack(losses).tolist()],
-        "moved": optimizer.moved(),
-        "bytes": sum(map(bytes_of, matrices)) / sum(p.numel() for p in matrices),
-    }
+def interval(values):
+    """(mean, half of the 95 % confidence interval or NaN)."""
+    n = len(values)
+    half = T95[n - 2] * statistics.stdev(values) / n**0.5 if 1 < n <= len(T95) + 1 else float("nan")
+    return statistics.mean(values), half
 
 
 def table(title, runs, seeds):
-    """Print and return rows: name, mean loss, spread, gap to the reference in %, share of its improvement,
-    moved."""
-    heads = ("loss", "spread", "gap %", "spread", "kept %", "moved", "B/weight")
-    print(f"\n{title}\n{'master, state':46} " + " ".join(f"{head:>8}" for head in heads))
-    reference = [runs[REFERENCE, seed] for seed in range(seeds)]
-    rows = []
+    """Print and return the rows of a table: what `runs` {(kind, seed): run} say beside the reference."""
+    tuned = runs[next(iter(runs))]["forgets"] is not None
+    more = ["kept %", "+-", "python"] if tuned else []
+    heads = " ".join(f"{head:>8}" for head in ["loss", "gap %", "+-", *more, "moved", "floor %", "bytes"])
+    width = max(len(name) for name, _ in runs)
+    print(f"\n{title}\n{'weights, moments':{width}} {heads}  decided")
+    rows, reference = [], [runs[REFERENCE, seed] for seed in range(seeds)]
     for name in dict.fromkeys(name for name, _ in runs):
         mine = [runs[name, seed] for seed in range(seeds)]
-        gaps = [100 * (a["val"] / b["val"] - 1) for a, b in zip(mine, reference)]
-        kept = [100 * (b["start"] - a["val"]) / (b["start"] - b["val"]) for a, b in zip(mine, reference)]
-        vals = [run["val"] for run in mine]
-        row = {
-            "name": name, "loss": statistics.mean(vals), "spread": max(vals) - min(vals),
-            "gap": statistics.mean(gaps), "gap_spread": max(gaps) - min(gaps), "kept": statistics.mean(kept),
-            "moved": statistics.mean(run["moved"] for run in mine), "bytes": mine[0]["bytes"],
-        }  # fmt: skip
+        row = {"name": name, "loss": statistics.mean(run["val"] for run in mine)}
+        row["gaps"] = [100 * (a["val"] / b["val"] - 1) for a, b in zip(mine, reference)]
+        row["gap"], row["gap_interval"] = interval(row["gaps"])
+        if tuned:
+            kept = [100 * (b["start"] - a["val"]) / (b["start"] - b["val"]) for a, b in zip(mine, reference)]
+            row["kept"], row["kept_interval"] = interval(kept)
+            row["python"] = statistics.mean(run["forgets"] for run in mine)
+        row["moved"] = statistics.mean(run["moved"] for run in mine)
+        row["floored"] = 100 * statistics.mean(run["floored"] for run in mine)
+        row["bytes"] = mine[0]["bytes"]
+        row["seconds"] = statistics.median(run["seconds"] for run in mine)
+        if name == REFERENCE:
+            word = ""
+        elif not row["gap_interval"] < abs(row["gap"]):
+            word = "no"
+        else:
+            word = "worse" if row["gap"] > 0 else "better"
+        row["decided"] = word
         rows.append(row)
-        numbers = [row[key] for key in ("loss", "spread", "gap", "gap_spread", "kept", "moved", "bytes")]
-        print(f"{name:46} " + " ".join(f"{number:8.3f}" for number in numbers))
+        numbers = [value for key, value in row.items() if key not in ("name", "gaps", "seconds", "decided")]
+        print(f"{name:{width}} " + " ".join(f"{number:8.3f}" for number in numbers) + f"  {word}")
+    open_ones = [row["name"] for row in rows if row["decided"] == "no"]
+    if open_ones:
+        print(f"cannot tell from {REFERENCE}, {seeds} seeds: {'; '.join(open_ones)}")
     return rows
 
 
@@ -238,15 +294,17 @@ def plot(results, path):
         "nvfp4 nvfp4": "nvfp4 weights and moments (1.69 bytes)",
         "nvfp4 nvfp4, nearest": "the same, rounded to nearest",
     }
+    if missing := labels.keys() - results.get("curves", {}).keys():
+        sys.exit(f"error: no losses of {', '.join(sorted(missing))} in it: the figure needs the part scratch")
+    top = 0
     for name, label in labels.items():
         losses = np.array(results["curves"][name])
         window = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        top = max(top, smooth[-1])
         axes.plot(np.arange(len(smooth)) + window, smooth, label=label, linewidth=1.4)
-    axes.set(
-        xlabel="step", ylabel="training loss", ylim=(None, results["curves"][REFERENCE][len(losses) // 30])
-    )
-    axes.legend(frameon=False, fontsize="small", loc="center right")
+    axes.set(xlabel="step", ylabel="training loss", ylim=(None, top + 0.3))
+    axes.legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1, 0.6))
     axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(path)
@@ -257,14 +315,83 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a small model for a CPU, one seed")
-    parser.add_argument("--part", choices=("scratch", "tune", "ideas"), help="default: scratch, then tune")
-    parser.add_argument("--jobs", type=int, default=1, help="kinds that run at the same time")
+    parser.add_argument("parts", nargs="*", metavar="PART",
+                        help=f"of {', '.join(PARTS)}; default: scratch and tune")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a small model for a CPU")
+    parser.add_argument("--jobs", type=int, help="kinds that run at the same time; default: what fits")
     parser.add_argument("--steps", type=int, help="of a run from scratch")
-    parser.add_argument("--seeds", type=int, help="runs of each kind")
-    parser.add_argument("--json", type=Path, default=RESULTS / "quality.json", help="where the results go")
+    parser.add_argument("--seeds", type=int, help="runs of each kind, at most 8")
+    parser.add_argument("--json", type=Path, help="where the results go; default: results/quality-PART.json")
     parser.add_argument("--plot", type=Path, help="draw the figure from this JSON, run nothing")
-    return parser.parse_args()
+    parser.add_argument("--only", help="the kinds of this name, of several divided by |, and the reference")
+    chosen = parser.parse_args()
+    for part in chosen.parts:
+        if part not in PARTS:
+            parser.error(f"no part {part!r}: choose from {', '.join(PARTS)}")
+    if chosen.seeds is not None and not 1 <= chosen.seeds <= len(T95) + 1:
+        parser.error(f"--seeds {chosen.seeds}: from 1 to {len(T95) + 1}")
+    if chosen.plot and not chosen.plot.is_file():
+        parser.error(f"--plot {chosen.plot}: there is no such file")
+    chosen.parts = chosen.parts or ["scratch", "tune"]
+    chosen.json = chosen.json or RESULTS / f"quality-{'-'.join(chosen.parts)}.json"
+    if not chosen.json.parent.is_dir():
+        parser.error(f"--json {chosen.json}: there is no directory {chosen.json.parent}")
+    if "lora" in chosen.parts and not importlib.util.find_spec("peft"):
+        parser.error("lora needs the package peft: pip install peft")
+    return chosen
+
+
+def places_for(chosen, device):
+    """(GPUs or [None], runs at the same time)."""
+    if device == "cpu":
+        return [None], chosen.jobs or max(1, (os.cpu_count() or 1))
+    gpus = list(range(torch.cuda.device_count()))
+    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) / 2**30
+    fit = int(free / RUN_GIB) * len(gpus)
+    if fit < (chosen.jobs or 1):
+        sys.exit(f"error: a run takes about {RUN_GIB:.0f} GiB and {free:.1f} are free on the GPU, so "
+                 f"{fit} fit side by side: give --jobs {fit}" if fit else
+                 f"error: a run takes about {RUN_GIB:.0f} GiB, only {free:.1f} are free on the GPU; "
+                 "--quick runs on a CPU")  # fmt: skip
+    return gpus, chosen.jobs or min(fit, 8 * len(gpus))
+
+
+def only(kinds, chosen):
+    """Of `kinds` those that --only names."""
+    if not chosen.only:
+        return kinds
+    names = {REFERENCE, *chosen.only.split("|")}
+    if unknown := names - kinds.keys():
+        sys.exit(f"error: --only: no kind {', '.join(unknown)}; there are: {', '.join(kinds)}")
+    return {name: how for name, how in kinds.items() if name in names}
+
+
+def scratch(size, title="from scratch"):
+    return {title: {"domain": "python", "lr": size["lr"], "steps": size["steps"]}}
+
+
+def tuning(size, which):
+    lengths = {"c++": size["tune"], "talk": size["talk"]}
+    return {
+        f"{domain}, lr {lr:g}": {"domain": domain, "lr": lr, "steps": lengths[domain]} for domain, lr in which
+    }
+
+
+def lengths(size):
+    found = {}
+    for steps in (size["steps"] // 2, 4 * size["steps"]):
+        found |= scratch(size | {"steps": steps}, f"{steps} steps from scratch")
+    return found
+
+
+# name: (kinds, settings of the runs)
+PARTS = {
+    "scratch": (GRID, scratch),
+    "tune": (TUNED, lambda size: tuning(size, TUNING)),
+    "lora": (BESIDE | LORA, lambda size: tuning(size, [("c++", lr) for lr in RATES])),
+    "ideas": (ideas.IDEAS, scratch),
+    "lengths": (LENGTHS, lengths),
+}
 
 
 def main():
@@ -273,45 +400,53 @@ def main():
         plot(json.loads(chosen.plot.read_text()), chosen.plot.with_suffix(".png"))
         return
     size = dict(QUICK if chosen.quick else FULL)
-    seeds = chosen.seeds or size["seeds"]
-    size["steps"] = chosen.steps or size["steps"]
+    seeds, size["steps"] = chosen.seeds or size["seeds"], chosen.steps or size["steps"]
     device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
-    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores"
-    print(f"{place}, torch {torch.__version__}; {size}")
+    gpus, at_once = places_for(chosen, device)
+    place = f"CPU, {os.cpu_count()} cores"
+    if device == "cuda":
+        place = f"{len(gpus)} x {torch.cuda.get_device_name()}"
+    print(f"{place}, torch {torch.__version__}; {seeds} seeds; {size}", flush=True)
     begin = time.perf_counter()
-    record = {"machine": place, "torch": torch.__version__, "size": size, "seeds": seeds, "tables": {}}
-    record["command"] = " ".join(["python", *sys.argv])
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-
-    def note(title, runs):
-        record["tables"][title] = table(title, runs, seeds)
-        record["seconds"] = time.perf_counter() - begin
-        chosen.json.write_text(json.dumps(record) + "\n")
-
+    results = {"machine": place, "torch": torch.__version__, "size": size, "seeds": seeds, "tables": {},
+               "command": " ".join(["python", *sys.argv])}  # fmt: skip
+    parts = [PARTS[part] for part in chosen.parts]
+    plans = [(only(kinds, chosen), settings(size)) for kinds, settings in parts]
+    needs_base = any(run["domain"] != "python" for _, runs in plans for run in runs.values())
+    if needs_base and "scratch" not in chosen.parts:
+        plans.insert(0, ({REFERENCE: GRID[REFERENCE]}, scratch(size)))
+    most = {}
+    for run in (run for _, runs in plans for run in runs.values()):
+        most[run["domain"]] = max(most.get(run["domain"], 0), run["steps"])
     with tempfile.TemporaryDirectory() as directory:
-        make_data(size, Path(directory))
-        print(f"data: {[len(np.load(Path(directory) / f'{d}.train.npy')) for d in 'ab']} tokens")
-        threads = max(1, (os.cpu_count() or 1) // chosen.jobs)
+        make_texts(size, most, Path(directory))
+        print(f"{time.perf_counter() - begin:5.0f} s  texts", flush=True)
+        for domain, steps in most.items():
+            rows = len(Rows(Path(directory), domain, "train", size, "cpu").ids)
+            print(f"{domain:8}{rows * size['tokens'] / 1e6:.1f} M tokens to learn, "
+                  f"{steps * size['batch'] / rows:.2f} of them in the longest run")  # fmt: skip
+        threads = max(1, (os.cpu_count() or 1) // at_once)
         common = {"size": size, "directory": directory, "device": device, "threads": threads, "seeds": seeds}
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(chosen.jobs, context, max_tasks_per_child=1) as pool:
-
-            def run(grid, **more):
+        with concurrent.futures.ProcessPoolExecutor(at_once, context, max_tasks_per_child=1) as pool:
+            for kinds, runs in plans:
+                keep = needs_base and next(iter(runs.values()))["domain"] == "python"
                 jobs = {}
-                for name, how in grid.items():
-                    save = name == REFERENCE and more["domain"] == "a"
-                    jobs[name] = pool.submit(one_kind, common | more | {"how": how, "save": save})
-                return {(name, seed): run for name, job in jobs.items() for seed, run in job.result().items()}
-
-            grid = {REFERENCE: GRID[REFERENCE]} if chosen.part == "tune" else GRID
-            grid = {REFERENCE: GRID[REFERENCE]} | IDEAS if chosen.part == "ideas" else grid
-            scratch = run(grid, domain="a", lr=2e-3, steps=size["steps"])
-            record["curves"] = {name: scratch[name, 0]["losses"] for name in grid}
-            note("from scratch", scratch)
-            for lr in (3e-5, 1e-4) if chosen.part in (None, "tune") else ():
-                tuned = run(TUNED, domain="b", lr=lr, steps=size["tune"])
-                note(f"fine-tuning to a second domain, lr {lr}", tuned)
-    print(f"\n{record['seconds']:.0f} s")
+                for number, (name, how) in enumerate(kinds.items()):
+                    job = common | {"how": how, "runs": runs, "keep": keep and name == REFERENCE}
+                    jobs[pool.submit(one_kind, job | {"gpu": gpus[number % len(gpus)]})] = name
+                done = {}
+                for job in concurrent.futures.as_completed(jobs):
+                    done[jobs[job]] = job.result()
+                    vals = " ".join(f"{run['val']:.4f}" for run in job.result().values())
+                    print(f"{time.perf_counter() - begin:5.0f} s  {jobs[job]}: {vals}", flush=True)
+                for title in runs:
+                    found = {(name, seed): done[name][title, seed] for name in kinds for seed in range(seeds)}
+                    results["tables"][title] = table(title, found, seeds)
+                    results.setdefault("curves", {name: found[name, 0]["losses"] for name in kinds})
+                results["seconds"] = time.perf_counter() - begin
+                chosen.json.write_text(json.dumps(results) + "\n")
+                print(f"\n{results['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""Ways to a better 4 bits that were tried, each alone: what `quality.py ideas` measures.
+
+An idea is a kind of run like those of `quality.py`, with a few more settings; here is what they mean. Those
+that store moments in another way are classes like those of `minifp4/storage.py`.
+"""
+
+from functools import partial
+
+import torch
+
+from minifp4 import nvfp4, optim, packed, storage
+from minifp4.fused import codes
+from minifp4.fused import update as fused
+from minifp4.nvfp4 import BLOCK, E2M1_MAX, e2m1_code, in_units, pair
+from minifp4.storage import new_scales, root_code
+
+X2 = {"master": "nvfp4x2", "state": "nvfp4"}
+SINGLE = {"master": "nvfp4", "state": "nvfp4"}
+FP32 = {"master": "fp32", "state": "fp32"}
+BF16 = {"master": "bf16", "state": "nvfp4"}
+IDEAS = {
+    "fp32 fp32": FP32,
+    "bf16 nvfp4": BF16,
+    "nvfp4x2 nvfp4": X2,
+    "nvfp4 nvfp4": SINGLE,
+    # the forward pass
+    "fp32 fp32, four over six": FP32 | {"four_over_six": True},
+    # moments
+    "bf16 nvfp4, 8 levels to nearest": BF16 | {"state": "eight levels"},
+    "bf16 nvfp4, 16 levels to nearest": BF16 | {"state": "nearest root"},
+    "bf16 nvfp4, block scale of sqrt(v) upward": BF16 | {"state": "upward root"},
+    "bf16 nvfp4, m's block scale to nearest": BF16 | {"state": "nearest scale"},
+    "bf16 nvfp4, |u| <= 5": BF16 | {"limit": 5.0},
+    "bf16 nvfp4, m relative to sqrt(v)": BF16 | {"relative": True},
+    "nvfp4x2 nvfp4, m relative to sqrt(v)": X2 | {"relative": True},
+    "nvfp4 nvfp4, m relative to sqrt(v)": SINGLE | {"relative": True},
+    # settings
+    "nvfp4x2 nvfp4, beta1 .95": X2 | {"beta1": 0.95},
+    "fp32 fp32, beta1 .95": FP32 | {"beta1": 0.95},
+    "nvfp4 nvfp4, beta1 .95": SINGLE | {"beta1": 0.95},
+    "nvfp4 nvfp4, beta1 .98": SINGLE | {"beta1": 0.98},
+    "nvfp4 nvfp4, beta2 .99": SINGLE | {"beta2": 0.99},
+    "fp32 fp32, twice the lr": FP32 | {"lr": 2.0},
+    "nvfp4x2 nvfp4, twice the lr": X2 | {"lr": 2.0},
+    "nvfp4 nvfp4, twice the lr": SINGLE | {"lr": 2.0},
+    "nvfp4 nvfp4, half of the lr": SINGLE | {"lr": 0.5},
+    "nvfp4 nvfp4, lr falls all the time": SINGLE | {"down": 1.0},
+    # fewer writes, of single nvfp4
+    "nvfp4 nvfp4, four batches a step, twice the lr": SINGLE | {"accumulate": 4, "lr": 2.0},
+    "nvfp4 nvfp4, four batches a step, 4 x the lr": SINGLE | {"accumulate": 4, "lr": 4.0},
+    "nvfp4 nvfp4, a random quarter of the blocks, 4 x": SINGLE | {"state": "plain", "quarter": True},
+    # scales and ends, of single nvfp4
+    "nvfp4x2 nvfp4, block scales kept from 4 on": X2 | {"keep": 4.0},
+    "nvfp4x2 nvfp4, block scales kept from 5.5 on": X2 | {"keep": 5.5},
+    "nvfp4 nvfp4, block scales kept from 4 on": SINGLE | {"keep": 4.0},
+    "nvfp4 nvfp4, block scales kept from 5.5 on": SINGLE | {"keep": 5.5},
+    "nvfp4 nvfp4, ends x2, twice the lr": SINGLE | {"finer_ends": True, "lr": 2.0},
+    "nvfp4 nvfp4, global scale x 8": SINGLE | {"global_scale": 8.0},
+    "nvfp4 nvfp4, weight decay by the global scale": SINGLE | {"decay": 0.0, "outside": True},
+    "nvfp4 nvfp4, head, embedding, last layer x2": SINGLE | {"finer_ends": True},
+}
+
+
+class Plain(storage.NVFP4Moment):
+    """NVFP4 moments that the wing does not know, so that the update is the plain one."""
+
+
+class EightLevels(storage.NVFP4Moment):
+    """sqrt(v) in 8 levels from 1/2 to 6, rounded to nearest: the upper half of the 16."""
+
+    least = 8
+
+    def encode(self, x, rows, bits=None, bound=None):
+        if not self.positive:
+            return super().encode(x, rows, bits, bound)
+        scale, encode_scale, row_scale = new_scales(x, bound, E2M1_MAX, upward=False, never_zero=True)
+        y = in_units(x.unflatten(-1, (-1, BLOCK)), scale, encode_scale).flatten(-2).clamp(min=0.5)
+        return {"qdata": pair(root_code(y)), "scale": scale, "row_scale": row_scale}
+
+
+class NearestRoot(storage.NVFP4Moment):
+    """sqrt(v) rounded to nearest."""
+
+    def encode(self, x, rows, bits=None, bound=None):
+        return super().encode(x, rows, None if self.positive else bits, bound)
+
+
+class UpwardRoot(storage.NVFP4Moment):
+    """Block scales of sqrt(v) that cut nothing."""
+
+    def encode(self, x, rows, bits=None, bound=None):
+        if not self.positive:
+            return super().encode(x, rows, bits, bound)
+        scale, encode_scale, row_scale = new_scales(x, bound, E2M1_MAX, upward=True, never_zero=True)
+        y = in_units(x.unflatten(-1, (-1, BLOCK)), scale, encode_scale).flatten(-2)
+        return {"qdata": pair(root_code(y, bits)), "scale": scale, "row_scale": row_scale}
+
+
+class NearestScale(storage.NVFP4Moment):
+    """Block scales of m to nearest: 6.37 is cut to 6."""
+
+    def encode(self, x, rows, bits=None, bound=None):
+        if self.positive:
+            return super().encode(x, rows, bits, bound)
+        scale, encode_scale, row_scale = new_scales(x, bound, E2M1_MAX, upward=False, never_zero=False)
+        y = in_units(x.unflatten(-1, (-1, BLOCK)), scale, encode_scale)
+        codes = e2m1_code(y, None if bits is None else bits.view(y.shape)).flatten(-2)
+        return {"qdata": pair(codes), "scale": scale, "row_scale": row_scale}
+
+
+KINDS = {
+    "plain": Plain, "eight levels": EightLevels, "nearest root": NearestRoot, "upward root": UpwardRoot,
+    "nearest scale": NearestScale,
+}  # fmt: skip
+
+
+def apply(how):
+    """What is to be changed before an optimizer is made, in a process that runs this idea alone."""
+    storage.KINDS.update(KINDS)
+    if "keep" in how:
+        packed.KEEP = codes.KEEP = how["keep"]
+    if "limit" in how:
+        optim.MAX_UPDATE = how["limit"]
+        fused.TEN = torch.tensor(how["limit"]).view(torch.int32).item()
+    if how.get("relative"):
+        optim.adamw = fused.adamw = partial(relative, optim.adamw)
+    if how.get("quarter"):
+        optim.adamw = partial(quarter, optim.adamw)
+
+
+def relative(adamw, w, g, m, root, hyper, limited=optim.limited):
+    """AdamW whose m is kept divided by sqrt(v): the update itself, of the same size everywhere."""
+    u, mean, root = adamw(w, g, m * root, root, hyper, limited)
+    if isinstance(w, float):  # what bounds a row: |m| is at most about 1.2 sqrt(v)
+        return u, torch.full_like(root, 1.0), root
+    inverse = (root.square() + nvfp4.FP32_MIN).rsqrt()
+    return u, mean * inverse, root
+
+
+def quarter(adamw, w, g, m, root, hyper, limited=optim.limited):
+    """Each step moves a quarter of the blocks, four times as far."""
+    u, m, root = adamw(w, g, m, root, hyper, limited)
+    if isinstance(w, float) or w.shape[-1] % BLOCK or len(w) == 1:
+        return u, m, root
+    chosen = torch.rand(*w.shape[:-1], w.shape[-1] // BLOCK, device=w.device) < 0.25
+    return u * 4 * chosen.repeat_interleave(BLOCK, -1), m, root
+
+
+def change_weights(model, how):
+    """What is to be changed in a new model."""
+    if factor := how.get("global_scale"):
+        for layer in [*model.linears(), model.model.embed_tokens]:
+            layer.weight.scale.copy_(layer.weight.scale.float() / factor)
+            layer.weight.global_scale.mul_(factor)
+
+
+def change(model, how):
+    """What is to be changed in the model that trains."""
+    for layer in model.linears() if how.get("four_over_six") else ():
+        layer.value = partial(four_over_six, layer)
+
+
+def four_over_six(layer, dtype, rows=slice(None)):
+    """What a 4-bit product makes of a weight if each block's largest number lands on 6 or on 4, whichever
+    leaves the smaller error: 4 leaves a finer step at the top. In the place of `Linear.value`."""
+    x, scale, tries = layer.weight.detach()[rows].float(), layer.group.global_scale(), []
+    blocks = x.unflatten(-1, (-1, nvfp4.BLOCK))
+    for top in (6.0, 4.0):
+        scales = nvfp4.block_scale(blocks.abs().amax(-1) * (6.0 / top), 1 / scale)
+        qdata, _ = nvfp4.encode(x, 1 / scale, scale=scales)
+        tries.append(nvfp4.decode(qdata, scales, scale).view_as(blocks))
+    errors = [(one - blocks).square().sum(-1, keepdim=True) for one in tries]
+    return torch.where(errors[0] <= errors[1], *tries).flatten(-2).to(dtype)
+
+
+def after_step(model, how, lr):
+    """What is to be changed after each step."""
+    if how.get("outside"):  # weight decay that rounds nothing
+        scales = {p.global_scale for p in model.parameters() if isinstance(p, packed.Packed)}
+        for scale in scales:
+            scale.mul_(1 - 0.1 * lr)
