@@ -1,7 +1,7 @@
 """What does each precision cost? Small Qwen3s learn Python from scratch, then C++, then to converse.
 
     python tests/benchmarks/quality.py                a GPU, in under ten minutes
-    python tests/benchmarks/quality.py --quick        a CPU, in small: it says what it cannot decide
+    python tests/benchmarks/quality.py --quick        a CPU, in under four: it says what it cannot decide
     python tests/benchmarks/quality.py lora           beside LoRA on the same base in 4 bits (needs peft)
     python tests/benchmarks/quality.py ideas          ways to a better 4 bits, each alone (`ideas.py`)
     python tests/benchmarks/quality.py lengths        half and four times as many steps
@@ -42,7 +42,7 @@ from texts import Rows, make_texts
 RESULTS = Path(__file__).parent / "results"
 FULL = dict(hidden=512, layers=6, vocabulary=8192, tokens=256, batch=64, steps=1000, tune=250, talk=60,
             lr=1e-3, seeds=4, held=400_000)  # fmt: skip
-QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=90, tune=30, talk=15, lr=3e-3,
+QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=80, tune=30, talk=15, lr=3e-3,
              seeds=4, held=16_000)  # fmt: skip
 RUN_GIB = 5.0  # of GPU memory that one run in FULL takes, with what the process itself does
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, two-sided, for 1, 2, ... degrees
@@ -387,7 +387,7 @@ def lengths(size):
 # name: (kinds, settings of the runs)
 PARTS = {
     "scratch": (GRID, scratch),
-    "tune": (TUNED, lambda size: tuning(size, TUNING)),
+    "tune": (TUNED, lambda size: tuning(size, TUNING if size["hidden"] == FULL["hidden"] else TUNING[1:])),
     "lora": (BESIDE | LORA, lambda size: tuning(size, [("c++", lr) for lr in RATES])),
     "ideas": (ideas.IDEAS, scratch),
     "lengths": (LENGTHS, lengths),
