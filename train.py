@@ -234,6 +234,10 @@ def settings_of(record, path):
 
 def check_together(settings, device):
     """Raise ValueError for settings that exclude each other, before anything is loaded."""
+    for name in ("output_dat", "memory_report"):
+        path = getattr(settings, name) and Path(getattr(settings, name))
+        if path and not path.parent.is_dir():
+            raise FileNotFoundError(f"{spellings(name)[0]} {path}: there is no directory {path.parent}")
     if settings.finer_ends and settings.master_dtype != "nvfp4":
         raise ValueError(f"--finer-ends is for --master-dtype nvfp4, not {settings.master_dtype}")
     if settings.step_in_backward and settings.grad_accum > 1:

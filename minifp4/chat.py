@@ -108,9 +108,12 @@ def read_conversations(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        wrong = "is a directory, not a file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {wrong}")
+    if path.suffix == ".json":
+        raise ValueError(f"{path}: one conversation a line is read, in .jsonl; try: jq -c '.[]' {path.name}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a lone \r is part of a text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     parse = _parse_json if path.suffix == ".jsonl" else _parse_tsv
@@ -131,7 +134,8 @@ def read_conversations(path):
 def _parse_tsv(line):
     cells = line.split("\t")
     if len(cells) != 2 or not cells[0].strip() or not cells[1].strip():
-        raise ValueError(f"expected prompt<TAB>target, got {len(cells)} cell(s): {line[:60]!r}")
+        empty = " with text in both" if len(cells) == 2 else ""
+        raise ValueError(f"expected prompt<TAB>target{empty}, got {len(cells)} cell(s): {line[:60]!r}")
     return [{"role": "user", "content": cells[0]}, {"role": "assistant", "content": cells[1]}]
 
 
@@ -148,6 +152,8 @@ def _parse_json(line):
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f'a message needs the role "system", "user" or "assistant": {str(message)[:60]}')
+        if isinstance(message.get("content"), list):
+            raise ValueError(f'"content" in parts is not supported, only a text: {str(message)[:60]}')
         if not isinstance(message.get("content"), str) or not message["content"]:
             raise ValueError(f'a message needs a "content" that is a text and not empty: {str(message)[:60]}')
         for key in ("tool_calls", "reasoning_content", "weight"):
@@ -163,7 +169,7 @@ def read_examples(path, tokenizer, seq_len):
 
     A prompt that leaves no room for one token of its answer is an error that names the line.
     """
-    examples, cut = [], 0
+    examples, cut, too_long = [], 0, []
     for number, messages in read_conversations(path):
         try:
             ids, labels = tokenizer.example(messages)
@@ -171,12 +177,17 @@ def read_examples(path, tokenizer, seq_len):
             raise ValueError(f"{path}, line {number}: {error}") from None
         prompt = next(place for place, label in enumerate(labels) if label != IGNORE)
         if prompt >= seq_len:
-            raise ValueError(
-                f"{path}, line {number}: the prompt has {prompt} tokens, --seq-len {seq_len} leaves no room "
-                f"for an answer; use --seq-len {len(ids)} or shorten the prompt"
-            )
+            too_long.append((number, prompt, len(ids)))
         cut += len(ids) > seq_len
         examples.append((ids[:seq_len], labels[:seq_len]))
+    if too_long:
+        number, prompt, _ = too_long[0]
+        lines = ", ".join(str(line) for line, _, _ in too_long[1:6]) + (", ..." if len(too_long) > 6 else "")
+        raise ValueError(
+            f"{path}, line {number}: the prompt has {prompt} tokens, --seq-len {seq_len} leaves no room "
+            f"for an answer; use --seq-len {max(length for *_, length in too_long)} or shorten the prompt"
+            + (f" (likewise {len(too_long) - 1} more, in line {lines})" if lines else "")
+        )
     return examples, cut
 
 

@@ -76,7 +76,8 @@ def test_jsonl_and_tsv_say_the_same(tmp_path, tokenizer):
         ("a.tsv", "", "no conversations"),
         ("a.tsv", "a\tb\nno tab here\n", "line 2: expected prompt<TAB>target"),
         ("a.tsv", "a\tb\tc\n", r"line 1: .*3 cell"),
-        ("a.tsv", "a\t \n", "line 1"),
+        ("a.tsv", "a\t \n", "line 1: expected prompt<TAB>target with text in both"),
+        ("a.json", '[{"messages": []}]', "one conversation a line is read, in .jsonl"),
         ("a.tsv", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl", "{}\n", "line 1: expected"),
         ("a.jsonl", "\n{broken\n", "line 2: not JSON"),
@@ -101,6 +102,19 @@ def test_long_conversations_are_cut_but_a_prompt_must_fit(tmp_path, tokenizer):
     path.write_text("hi\tshort\n" + "hi " * 50 + "\tshort\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 2: the prompt has \d+ tokens, --seq-len 24"):
         chat.read_examples(path, tokenizer, 24)
+    with open(path, "a") as file:
+        file.write("hi\tshort\n" + "hi " * 70 + "\tshort\n")
+    with pytest.raises(ValueError, match=r"line 2: .*\(likewise 1 more, in line 4\)") as error:
+        chat.read_examples(path, tokenizer, 24)
+    length = int(str(error.value).split("use --seq-len ")[1].split()[0])  # one that is enough for all
+    assert chat.read_examples(path, tokenizer, length)[1] == 0
+
+
+def test_a_lone_carriage_return_is_part_of_a_text(tmp_path):
+    path = tmp_path / "old_mac.tsv"
+    path.write_bytes(b"a\tb\rc\r\nd\te\n")
+    texts = [[message["content"] for message in messages] for _, messages in chat.read_conversations(path)]
+    assert texts == [["a", "b\rc"], ["d", "e"]]
 
 
 def test_batches_are_a_function_of_seed_step_and_rank():

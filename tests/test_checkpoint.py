@@ -219,10 +219,11 @@ def test_broken_nvfp4_weights_are_refused_by_name(tmp_path, change, message):
 
 
 def test_scales_of_activations_are_not_needed(tmp_path):
-    """Checkpoints for 4-bit activations (W4A4) carry them; the weights are read all the same."""
-    path = packed_model(
-        tmp_path, lambda t: t.update({Q.replace("weight", "input_global_scale"): torch.ones(1)})
-    )
+    """Checkpoints for 4-bit activations (W4A4) carry them, and those for an FP8 cache of keys and values; the
+    weights are read all the same."""
+    attention = Q.removesuffix("q_proj.weight")
+    names = "q_proj.input_global_scale", "k_proj.k_scale", "v_proj.v_scale"
+    path = packed_model(tmp_path, lambda t: t.update({f"{attention}{name}": torch.ones(1) for name in names}))
     found, expected = (minifp4.load(source)[0].lm_head.weight for source in (path, minifp4.BASE))
     assert torch.equal(stored_values(found), stored_values(expected))
 

@@ -460,6 +460,18 @@ def test_weights_beside_an_index_that_does_not_name_them_are_refused(model):
         minifp4.load(model)
 
 
+def test_an_index_of_nothing_is_refused(model):
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="index.json: weight_map must map tensor names to file names"):
+        minifp4.load(model)
+
+
+def test_the_licence_of_a_model_goes_with_what_is_made_of_it(settings, model):
+    (model / "LICENSE").write_text("Apache 2.0")
+    path = export(checkpoint=str(train(**settings)), out=settings["out"], format=["hf"])["hf"]
+    assert (path / "LICENSE").read_text() == "Apache 2.0"
+
+
 def rename(change_name):
     return lambda tensors: {change_name(name): tensor for name, tensor in tensors.items()}
 
@@ -518,9 +530,10 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"messages": [USER, ANSWER], "tools": [{}]}, '"tools" are not supported'),
         ({"messages": [USER | {"content": "half \ud83d"}, ANSWER]}, "not a text that can be written as"),
         ({"messages": [USER | {"content": None}, ANSWER]}, "that is a text and not empty"),
+        ({"messages": [USER | {"content": [{}]}, ANSWER]}, '"content" in parts is not supported'),
         ('{"messages": ' + "[" * 10**5, "not JSON"),
     ],
-    ids=["weight", "tool_calls", "reasoning_content", "tools", "surrogate", "null", "nested"],
+    ids=["weight", "tool_calls", "reasoning_content", "tools", "surrogate", "null", "parts", "nested"],
 )
 def test_lines_that_mean_more_than_is_understood_are_refused(tmp_path, line, message):
     path = tmp_path / "data.jsonl"

@@ -34,7 +34,7 @@ SHARD_BYTES = 5 * 10**9  # of one file of an export
 # What else a model directory may hold that a server wants; copied as it is.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+    "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE", "NOTICE",
 )  # fmt: skip
 SPOKEN = "generation_config.json", "tokenizer_config.json"  # those that say where an answer ends
 
@@ -149,13 +149,14 @@ def open_weights(directory):
             raise ValueError(f"{directory}: only safetensors are read, no .bin files, which can run code")
         return [safetensors.SafeFile(existing(directory / WEIGHTS))]
     places = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{directory / INDEX}: weight_map must map tensor names to file names")
-    for name in places.values():
+    for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"{directory / INDEX}: {name!r} is not a file name in this directory")
-    files = [safetensors.SafeFile(existing(directory / name)) for name in sorted(set(places.values()))]
-    if (directory / WEIGHTS).is_file() and WEIGHTS not in places.values():
+    files = [safetensors.SafeFile(existing(directory / name)) for name in sorted(set(names))]
+    if (directory / WEIGHTS).is_file() and WEIGHTS not in names:
         raise ValueError(f"{directory} holds {INDEX} and also {WEIGHTS}: remove that which is out of date")
     return files
 

@@ -21,8 +21,9 @@ import torch
 from ..nvfp4 import BLOCK, NVFP4, dequantize, quantize
 from ..packed import Packed, stored_values
 
-# Scales for quantized activations: W4A16 has none, so they are read by nobody.
-ACTIVATION_SCALES = (".input_global_scale", ".input_scale")
+# Scales for quantized activations, the cache of keys and values among them: W4A16 has none, so nobody reads
+# them.
+ACTIVATION_SCALES = (".input_global_scale", ".input_scale", ".k_scale", ".v_scale")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
