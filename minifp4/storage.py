@@ -224,5 +224,5 @@ def root_code(y, bits=None):
     mantissa, exponent = torch.frexp(y.clamp(ROOT[0], ROOT[-1]))
     fine = (mantissa * 2.0 ** (DRAWS + 2)).to(torch.int32) + (2 * exponent + 6 << DRAWS)
     half = 2 ** (DRAWS - 1)
-    share = half if bits is None else bits + half & 2**DRAWS - 1  # + half: not the numbers that m is given
+    share = half if bits is None else bits + half & 2**DRAWS - 1  # half and a number with a sign: `fused/`
     return (fine + share >> DRAWS).to(torch.uint8)

@@ -97,10 +97,9 @@ class Trainer:
         return model
 
     def begin(self, seed, base):
+        """Start anew in the same memory, which a recorded step reads."""
         for mine, theirs in zip(self.model.parameters(), self.new(seed, base).parameters()):
-            pairs = zip(mine.tensors().values(), theirs.tensors().values()) if isinstance(mine, Packed) else (
-                [(mine.detach(), theirs.detach())])
-            for kept, new in pairs:
+            for kept, new in zip(memory_of(mine), memory_of(theirs)):
                 kept.copy_(new)
         for tensor in self.optimizer.tensors().values():
             tensor.zero_()
@@ -139,6 +138,10 @@ class Trainer:
     @torch.no_grad()
     def loss(self, held):
         return mean_loss(held, lambda ids, labels: self.model.loss(ids, labels, select=False))
+
+
+def memory_of(p):
+    return list(p.tensors().values()) if isinstance(p, Packed) else [p.detach()]
 
 
 def config_of(size):
