@@ -48,6 +48,8 @@ def main(settings):
     chosen = list(dict.fromkeys(settings.format or (["dat"] if settings.input_dat else ["hf", "dat"])))
     if settings.dequantize and (settings.quantize_head or "hf" not in chosen):
         raise ValueError("--dequantize is for --format hf alone, without --quantize-head")
+    if settings.quantize_head and not {"hf", "modelopt"} & set(chosen):
+        raise ValueError(f"--quantize-head is for --format hf and modelopt, not {' '.join(chosen)}")
     if settings.input_dat and "dat" not in chosen:
         raise ValueError("--input-dat is for --format dat")
     source = find_checkpoint(settings.checkpoint)

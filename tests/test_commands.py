@@ -301,6 +301,7 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         (["train.py", "--device", "toaster"], "--device toaster"),
         (["export.py"], "train first (python train.py)"),
         (["export.py", "--checkpoint", "nowhere"], "nowhere does not exist"),
+        (["export.py", "--format", "mlx", "--quantize-head"], "--quantize-head is for --format hf"),
         (["export.py", "--format", "gguf"], "--format: invalid choice: 'gguf'"),
         (
             ["export.py", "--dequantize", "--quantize-head"],
