@@ -43,14 +43,15 @@ from .nvfp4 import (
 
 KEEP = 2.9  # a block's scale stays while its largest number is in (KEEP, E2M1_MAX] times it
 PLACES = 16  # of `nvfp4x2` for each code
+MIDDLES = 8, 7  # at which of them the code itself lies, in even and in odd columns
 LAST = 8 * PLACES - 1  # the last place of code 7, counted from the first of code 0
 
 
 class Packed(torch.Tensor):
     """`Packed(q)`: the matrix [out, in] whose `NVFP4` is `q`.
 
-    more: of nvfp4x2, uint8 [out, in/2], the even element in the low half of the byte: 8 + its four bits, of
-    the odd one 7 + its four.
+    more: of nvfp4x2, uint8 [out, in/2], the even element in the low half of the byte: `MIDDLES` + its four
+    bits.
     """
 
     @staticmethod
@@ -102,7 +103,7 @@ class Packed(torch.Tensor):
         y = in_units(x, scale, encode_scale)
         if self.more is None:
             return {"qdata": pair(e2m1_code(y, bits).flatten(-2)), "scale": scale}
-        middle = PLACES // 2 - torch.arange(BLOCK, device=x.device) % 2
+        middle = MIDDLES[0] - torch.arange(BLOCK, device=x.device) % 2  # 8, 7, 8, 7, ...
         place = (code(y.abs().clamp(max=7.0), bits, PLACES) + middle).clamp(max=LAST).to(torch.uint8)
         codes = place // PLACES | torch.signbit(y).to(torch.uint8) << 3
         more = place % PLACES
@@ -157,7 +158,8 @@ def place_value(codes, more, middle):
 def place_table():
     """A `pair_table` of all two bytes: two codes, and their further bits."""
     codes, more = torch.arange(2**16) // 256, torch.arange(2**16) % 256
-    return pair_table(place_value(codes % 16, more % 16, 8), place_value(codes // 16, more // 16, 7))
+    even, odd = (codes % 16, more % 16), (codes // 16, more // 16)
+    return pair_table(place_value(*even, MIDDLES[0]), place_value(*odd, MIDDLES[1]))
 
 
 PLACE_TABLE = place_table()
@@ -188,7 +190,7 @@ def pack(weight, global_scale, finer):
     global scale."""
     packed = isinstance(weight, Packed)
     tensors = weight.tensors() if packed else quantize(weight, global_scale=global_scale)._asdict()
-    on_code = torch.full_like(tensors["qdata"], 0x78)  # the places of numbers that are codes
+    on_code = torch.full_like(tensors["qdata"], MIDDLES[0] | MIDDLES[1] << 4)  # of numbers that are codes
     more = tensors.get("more", on_code) if finer else None
     new = Packed(NVFP4(*(tensors[name].clone() for name in NVFP4._fields)), more)
     if finer and not packed:

@@ -164,8 +164,9 @@ def open_weights(directory):
 def read_weights(model, files, device):
     """Fill `model` (on the meta device) from `files`, tensor by tensor; every tensor must have its place."""
     # A checkpoint of train.py says itself what is NVFP4; dense masters that lie on its grid stay dense.
-    ours = (files[0].path.parent / "train.json").is_file()
-    older = ours and _is_older(files[0].path.parent)
+    record = files[0].path.parent / "train.json"
+    ours = record.is_file()
+    older = ours and _is_older(read_json(record), record)
     found = find_weights(model, files)
     for name, meta in dict(model.named_parameters()).items():
         file, parts = found[name]
@@ -276,7 +277,9 @@ def read_moments(directory, optimizer):
     Every moment must be there, in the precision of this run. sqrt(v) in 4 bits had 8 codes in format 1, which
     are the upper 8 of the 16 that it has now.
     """
-    older = _is_older(directory)
+    path = directory / "train.json"
+    record = read_json(path)
+    older = _is_older(record, path)
     file, wanted = safetensors.SafeFile(existing(directory / OPTIMIZER)), optimizer.tensors()
     differing = sorted(file.entries.keys() ^ wanted.keys())
     if differing:
@@ -287,15 +290,13 @@ def read_moments(directory, optimizer):
         tensor.copy_(file[name])
         if older and name.endswith("sqrt_exp_avg_sq.qdata") and tensor.dtype == torch.uint8:
             tensor |= 0x88
-    record = read_json(directory / "train.json")
-    optimizer.steps = number_in(record, "optimizer_steps", directory / "train.json")
+    optimizer.steps = number_in(record, "optimizer_steps", path)
     return record
 
 
-def _is_older(directory):
-    """Whether a checkpoint is of format 1; ValueError if it is of none that is known."""
-    path = directory / "train.json"
-    found = number_in({"format": 1} | read_json(path), "format", path)
+def _is_older(record, path):
+    """Whether the checkpoint of a train.json is of format 1; ValueError if it is of none that is known."""
+    found = number_in({"format": 1} | record, "format", path)
     if not 1 <= found <= FORMAT:
         newer = "was it made by a newer version?"
         raise ValueError(f"{path}: format {found}; this version reads 1 to {FORMAT}: {newer}")

@@ -19,7 +19,7 @@ only for GPUs of compute capability 8.9 and later. Packed weights are {name: ten
 import torch
 
 from ..nvfp4 import BLOCK, DRAWS, E2M1_MAX, E4M3_MAX, FP32_MAX
-from ..packed import KEEP, LAST, PLACES
+from ..packed import KEEP, LAST, MIDDLES, PLACES
 
 SIGN = -(2**31)  # the bit of the sign in fp32
 ONE, SIX, SEVEN = 0x3F800000, 0x40C00000, 0x40E00000  # the bits of 1.0, 6.0 and 7.0 in fp32
@@ -30,7 +30,6 @@ E4M3_NAN = 480.0  # stands for NaN where scales are numbers: it would have the b
 BOTH = 0x00010001  # times a number: the same number in both halves of an int32
 RANDOM = 2**DRAWS  # stochastic rounding draws one of so many numbers: fp32's mantissa less E2M1's one bit
 MORE = 4  # bits of `nvfp4x2` beyond a code's
-MIDDLES = PLACES // 2, PLACES // 2 - 1  # where among its places a code lies, in even and in odd columns
 
 
 def halves(x):

@@ -14,13 +14,13 @@ import torch
 
 from ..chance import hashed, stochastic_cast, uniform
 from ..nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, FP32_MAX, row_chunks
-from ..optim import Hyper, Survey, adamw
-from ..storage import E4M3_MIN, Float, Int8Moment, NVFP4Moment, Weight
+from ..optim import MAX_UPDATE, Hyper, Survey, adamw
+from ..storage import E4M3_MIN, ROOT, Float, Int8Moment, NVFP4Moment, Weight
 from . import codes
 from .codes import RANDOM, SIX, e4m3_byte, in_blocks, inverse_scale, paired, pairs, raw, scaled, unpaired
 from .compiled import any_length, compiled
 
-LEAST_ROOT, TEN = 0x3D000000, 0x41200000  # the bits of 1/32 and of 10 (`optim.MAX_UPDATE`) in fp32
+LEAST_ROOT, LIMIT = torch.tensor([ROOT[0], MAX_UPDATE]).view(torch.int32).tolist()  # their bits in fp32
 LAUNCH = 2**25  # weights that one kernel updates, at most: more are no faster, and `MomentTwin.of_blocks`
 # is exact up to twice as many.
 # For the compiler, which would split `update`, and check in it that every block's row exists.
@@ -174,7 +174,7 @@ class MomentTwin:
 
 def limited(u):
     """`optim.limited`: comparing the bits of magnitudes takes fewer instructions."""
-    return codes.limited(u, TEN).view(torch.float32).copysign(u)
+    return codes.limited(u, LIMIT).view(torch.float32).copysign(u)
 
 
 TWINS = {Float: FloatTwin, Weight: WeightTwin, NVFP4Moment: MomentTwin, Int8Moment: MomentTwin}

@@ -30,7 +30,7 @@ IDEAS = {
     "bf16 nvfp4, 16 levels to nearest": BF16 | {"state": "nearest root"},
     "bf16 nvfp4, block scale of sqrt(v) upward": BF16 | {"state": "upward root"},
     "bf16 nvfp4, m's block scale to nearest": BF16 | {"state": "nearest scale"},
-    "bf16 nvfp4, |u| <= 5": BF16 | {"limit": 5.0},
+    "bf16 nvfp4, updates of at most 5 x lr": BF16 | {"limit": 5.0},
     "bf16 nvfp4, m relative to sqrt(v)": BF16 | {"relative": True},
     "nvfp4x2 nvfp4, m relative to sqrt(v)": X2 | {"relative": True},
     "nvfp4 nvfp4, m relative to sqrt(v)": SINGLE | {"relative": True},
@@ -65,47 +65,49 @@ class Plain(storage.NVFP4Moment):
     """NVFP4 moments that the wing does not know, so that the update is the plain one."""
 
 
-class EightLevels(storage.NVFP4Moment):
-    """sqrt(v) in 8 levels from 1/2 to 6, rounded to nearest: the upper half of the 16."""
+class Variant(storage.NVFP4Moment):
+    """sqrt(v) with other codes or another rounding; the other moment as usual."""
+
+    of_roots, upward = True, False  # upward: block scales that cut nothing
+
+    def encode(self, x, rows, bits=None, bound=None):
+        if self.positive != self.of_roots:
+            return super().encode(x, rows, bits, bound)
+        scale, encode_scale, row_scale = new_scales(x, bound, E2M1_MAX, self.upward, never_zero=self.positive)
+        y = in_units(x.unflatten(-1, (-1, BLOCK)), scale, encode_scale).flatten(-2)
+        return {"qdata": pair(self.code(y, bits)), "scale": scale, "row_scale": row_scale}
+
+
+class EightLevels(Variant):
+    """8 levels from 1/2 to 6, rounded to nearest: the upper half of the 16."""
 
     least = 8
 
-    def encode(self, x, rows, bits=None, bound=None):
-        if not self.positive:
-            return super().encode(x, rows, bits, bound)
-        scale, encode_scale, row_scale = new_scales(x, bound, E2M1_MAX, upward=False, never_zero=True)
-        y = in_units(x.unflatten(-1, (-1, BLOCK)), scale, encode_scale).flatten(-2).clamp(min=0.5)
-        return {"qdata": pair(root_code(y)), "scale": scale, "row_scale": row_scale}
+    def code(self, y, bits):
+        return root_code(y.clamp(min=0.5))
 
 
-class NearestRoot(storage.NVFP4Moment):
-    """sqrt(v) rounded to nearest."""
+class NearestRoot(Variant):
+    """Rounded to nearest."""
 
-    def encode(self, x, rows, bits=None, bound=None):
-        return super().encode(x, rows, None if self.positive else bits, bound)
-
-
-class UpwardRoot(storage.NVFP4Moment):
-    """Block scales of sqrt(v) that cut nothing."""
-
-    def encode(self, x, rows, bits=None, bound=None):
-        if not self.positive:
-            return super().encode(x, rows, bits, bound)
-        scale, encode_scale, row_scale = new_scales(x, bound, E2M1_MAX, upward=True, never_zero=True)
-        y = in_units(x.unflatten(-1, (-1, BLOCK)), scale, encode_scale).flatten(-2)
-        return {"qdata": pair(root_code(y, bits)), "scale": scale, "row_scale": row_scale}
+    def code(self, y, bits):
+        return root_code(y)
 
 
-class NearestScale(storage.NVFP4Moment):
+class UpwardRoot(Variant):
+    upward = True
+
+    def code(self, y, bits):
+        return root_code(y, bits)
+
+
+class NearestScale(Variant):
     """Block scales of m to nearest: 6.37 is cut to 6."""
 
-    def encode(self, x, rows, bits=None, bound=None):
-        if self.positive:
-            return super().encode(x, rows, bits, bound)
-        scale, encode_scale, row_scale = new_scales(x, bound, E2M1_MAX, upward=False, never_zero=False)
-        y = in_units(x.unflatten(-1, (-1, BLOCK)), scale, encode_scale)
-        codes = e2m1_code(y, None if bits is None else bits.view(y.shape)).flatten(-2)
-        return {"qdata": pair(codes), "scale": scale, "row_scale": row_scale}
+    of_roots = False
+
+    def code(self, y, bits):
+        return e2m1_code(y, bits)
 
 
 KINDS = {
@@ -121,7 +123,7 @@ def apply(how):
         packed.KEEP = codes.KEEP = how["keep"]
     if "limit" in how:
         optim.MAX_UPDATE = how["limit"]
-        fused.TEN = torch.tensor(how["limit"]).view(torch.int32).item()
+        fused.LIMIT = torch.tensor(how["limit"]).view(torch.int32).item()
     if how.get("relative"):
         optim.adamw = fused.adamw = partial(relative, optim.adamw)
     if how.get("quarter"):

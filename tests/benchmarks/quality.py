@@ -56,7 +56,6 @@ GRID = {
     "nvfp4 nvfp4": {"master": "nvfp4", "state": "nvfp4"},
     "nvfp4 nvfp4, nearest": {"master": "nvfp4", "state": "nvfp4", "rounding": "nearest"},
 }
-IN_FIGURE = (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4", "nvfp4 nvfp4, nearest")
 LENGTHS = {name: GRID[name] for name in (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4")}
 TUNED = {name: GRID[name] for name in (REFERENCE, *list(GRID)[2:])}
 TUNING = [("c++", 1e-5), ("c++", 1e-4), ("talk", 1e-4)]  # domain and learning rate
@@ -115,20 +114,30 @@ class Trainer:
         updates = max(1, steps // together)
         for number in range(updates):
             batches = [train.batch(number * together + part, seed) for part in range(together)]
-            self.optimizer.lr = rate(self.how, lr, number, updates)
-            losses.append(self.step(batches)[0].detach().clone())
-            ideas.after_step(self.model, self.how, self.optimizer.lr)
-        moved = self.optimizer.moved()
+            losses.append(self.learn(batches, rate(self.how, lr, number, updates)))
+        losses = [round(x, 4) for x in torch.stack(losses).tolist()]  # waits for the GPU
         seconds = time.perf_counter() - start
         if keep:
             torch.save(self.model.state_dict(), keep)
+        return {
+            "val": self.loss(held), "start": begin, "losses": losses, "seconds": seconds, **self.facts(),
+            "forgets": self.loss(self.rows("python", "held")) if base else None,
+        }  # fmt: skip
+
+    def learn(self, batches, lr):
+        """One step; returns its loss."""
+        self.optimizer.lr = lr
+        loss = self.step(batches)[0].detach().clone()
+        ideas.after_step(self.model, self.how, lr)
+        return loss
+
+    def facts(self):
+        """What else is reported of a run."""
         matrices = [p for p in self.model.parameters() if p.dim() == 2]
         moments = sum(t.nbytes for name, t in self.optimizer.tensors().items() if "norm" not in name)
         weights = sum(p.numel() for p in matrices)
         return {
-            "val": self.loss(held), "start": begin, "moved": moved, "floored": self.optimizer.floored(),
-            "losses": [round(x, 4) for x in torch.stack(losses).tolist()],
-            "forgets": self.loss(self.rows("python", "held")) if base else None, "seconds": seconds,
+            "moved": self.optimizer.moved(), "floored": self.optimizer.floored(),
             "bytes": (sum(map(bytes_of, matrices)) + moments) / weights,
         }  # fmt: skip
 
@@ -197,25 +206,18 @@ class Lora(Trainer):
         weights = sum(p.numel() for p in source.parameters())
         self.bytes = 0.5625 + 12 * sum(p.numel() for p in trained) / weights
 
-    def run(self, domain, lr, steps, seed, base=None, keep=None):
-        self.begin(seed, base)
-        train, held = self.rows(domain, "train"), self.rows(domain, "held")
-        begin, losses, start = self.loss(held), [], time.perf_counter()
-        for number in range(steps):
-            ids, labels = train.batch(number, seed)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate({}, lr, number, steps)
-            loss = self.model(input_ids=ids, labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses.append(loss.detach())
-        losses = torch.stack(losses).tolist()
-        seconds = time.perf_counter() - start
-        return {"val": self.loss(held), "start": begin, "losses": losses, "moved": 1.0, "floored": 0.0,
-                "bytes": self.bytes, "forgets": self.loss(self.rows("python", "held")),
-                "seconds": seconds}  # fmt: skip
+    def learn(self, batches, lr):
+        [(ids, labels)], [group] = batches, self.optimizer.param_groups
+        group["lr"] = lr
+        loss = self.model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def facts(self):
+        return {"moved": 1.0, "floored": 0.0, "bytes": self.bytes}
 
     @torch.no_grad()
     def loss(self, held):
