@@ -132,7 +132,7 @@ class NVFP4Moment:
         upward = bits is not None and not self.positive
         scales = new_scales(x, bound, E2M1_MAX, upward, never_zero=self.positive)
         y = in_units(x.unflatten(-1, (-1, BLOCK)), *scales[:2]).flatten(-2)
-        codes = root_code(y, bits) if self.positive else e2m1_code(y, bits)
+        codes = root_code(y, shared(bits)) if self.positive else e2m1_code(y, bits)
         return {"qdata": pair(codes), "scale": scales[0], "row_scale": scales[2]}
 
 
@@ -211,6 +211,16 @@ def new_scales(x, bound, most, upward, never_zero):
     if never_zero:
         scale = scale.float().clamp(min=E4M3_MIN).to(torch.float8_e4m3fn)
     return scale, encode_scale, row_scale
+
+
+def shared(bits):
+    """One draw for each block of sqrt(v), shaped as `bits` [rows, K]: that of its first number in even
+    columns, its opposite in odd ones. Each number is right on average as with a draw of its own, and a kernel
+    keeps one until the block's largest number is known, not 16."""
+    if bits is None:
+        return None
+    first = bits[..., ::BLOCK].unsqueeze(-1)
+    return torch.cat([first, ~first], -1).repeat(1, 1, BLOCK // 2).flatten(-2)
 
 
 def root_code(y, bits=None):

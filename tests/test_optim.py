@@ -194,7 +194,7 @@ def test_a_small_gradient_beside_large_ones_moves_as_far_as_adamw():
         weight.grad = (1e-2 * torch.logspace(-2, 0, 16)).expand(256, 16).clone()
         optimizer.step()
     share = -weight.detach().mean(0) / (150 * 1e-3)
-    assert (share > 0.75).all() and (share < 1.05).all()
+    assert (share > 0.75).all() and (share < 1.08).all()
     assert optimizer.floored() < 0.01
     weight.grad = (1e-2 * torch.logspace(-4, 0, 16)).expand(256, 16).clone()
     for _ in range(100):

@@ -213,7 +213,7 @@ def rounded(y, bits, most, more=0):
         return steps + (exponent - ONE >> place) << place + 6
     magnitude = y.abs()
     steps = torch.maximum((magnitude + 1).view(torch.int32), (magnitude + magnitude).view(torch.int32))
-    steps = steps.clamp(max=most + (1 << 23)) - ONE  # twice `most`
+    steps = (steps - ONE).clamp(max=most + (1 << 23) - ONE)  # twice `most`
     return steps + (bits & (1 << place) - 1) << 6
 
 

@@ -148,8 +148,10 @@ class MomentTwin:
         y, scale = self._in_units(x, encode_scale, upward=False)
         # From a code to the next is one step of bit 22. Add half of one, and by chance up to as much more or
         # less (`bits >> 10` has a sign); then cut off what is below.
-        y = [half.view(torch.int32).clamp(LEAST_ROOT, SIX) - LEAST_ROOT + RANDOM // 2 for half in y]
-        y = y if bits is None else [half + drawn for half, drawn in zip(y, bits)]
+        y = [(half.view(torch.int32) - LEAST_ROOT).clamp(0, SIX - LEAST_ROOT) + RANDOM // 2 for half in y]
+        if bits is not None:
+            first = bits[0].narrow(1, 0, 1)  # as `storage.shared`
+            y = [half + drawn for half, drawn in zip(y, (first, ~first))]
         even, odd = (half >> 22 for half in y)
         return (even | odd << 4).to(torch.uint8), e4m3_byte(scale)
 

@@ -28,8 +28,9 @@ IDEAS = {
     # moments
     "bf16 nvfp4, 8 levels to nearest": BF16 | {"state": "eight levels"},
     "bf16 nvfp4, 16 levels to nearest": BF16 | {"state": "nearest root"},
+    "bf16 nvfp4, 16 draws a block for sqrt(v)": BF16 | {"state": "own draws"},
     "bf16 nvfp4, block scale of sqrt(v) upward": BF16 | {"state": "upward root"},
-    "bf16 nvfp4, m's block scale to nearest": BF16 | {"state": "nearest scale"},
+    "bf16 nvfp4, block scale of m to nearest": BF16 | {"state": "nearest scale"},
     "bf16 nvfp4, updates of at most 5 x lr": BF16 | {"limit": 5.0},
     "bf16 nvfp4, m relative to sqrt(v)": BF16 | {"relative": True},
     "nvfp4x2 nvfp4, m relative to sqrt(v)": X2 | {"relative": True},
@@ -94,11 +95,18 @@ class NearestRoot(Variant):
         return root_code(y)
 
 
+class OwnDraws(Variant):
+    """A draw for each number."""
+
+    def code(self, y, bits):
+        return root_code(y, bits)
+
+
 class UpwardRoot(Variant):
     upward = True
 
     def code(self, y, bits):
-        return root_code(y, bits)
+        return root_code(y, storage.shared(bits))
 
 
 class NearestScale(Variant):
@@ -111,8 +119,8 @@ class NearestScale(Variant):
 
 
 KINDS = {
-    "plain": Plain, "eight levels": EightLevels, "nearest root": NearestRoot, "upward root": UpwardRoot,
-    "nearest scale": NearestScale,
+    "plain": Plain, "eight levels": EightLevels, "nearest root": NearestRoot, "own draws": OwnDraws,
+    "upward root": UpwardRoot, "nearest scale": NearestScale,
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ GRID = {
 LENGTHS = {name: GRID[name] for name in (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4")}
 TUNED = {name: GRID[name] for name in (REFERENCE, *list(GRID)[2:])}
 TUNING = [("c++", 1e-5), ("c++", 1e-4), ("talk", 1e-4)]  # domain and learning rate
-RATES = 3e-4, 1e-3, 3e-3  # of which the comparison with LoRA takes the best of each
+RATES = 3e-4, 1e-3, 3e-3, 1e-2  # of which the comparison with LoRA takes the best of each
 LORA = {f"LoRA, r {rank}": {"rank": rank} for rank in (16, 64)}
 BESIDE = {name: GRID[name] for name in (REFERENCE, "nvfp4x2 nvfp4", "nvfp4 nvfp4")}
 
