@@ -13,6 +13,7 @@
 Everything that is written is read again and compared with the checkpoint before it counts as done.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 import minifp4
 from minifp4.cli import check, groups, run
-from minifp4.files import checkpoint, dat, layouts
+from minifp4.files import card, checkpoint, dat, layouts
 from minifp4.files.atomic import bits, replacing
 
 MARK = "minifp4.json"  # in every directory that is written here
@@ -35,7 +36,7 @@ class Settings:
     checkpoint: str = what("out", "a checkpoint, or a directory of some: then the newest", "DIR")
     format: list = what(None, "repeatable; default: hf and dat", choices=FORMATS)
     dequantize: bool = what(False, "hf without NVFP4: the same values in bf16, for any program")
-    quantize_head: bool = what(False, "the head in NVFP4 too (hf, modelopt; not if it is tied)")
+    quantize_head: bool = what(False, "the head in NVFP4 too (hf, modelopt, mlx; a tied one only in mlx)")
     input_dat: str = what(None, "dat: rewrite the trained entries of this file", "FILE")
     out: str = output(None, "where to write; default: the directory of the checkpoints", "DIR")
     shard_gb: float = output(5.0, "largest file of a directory, in 10**9 bytes", least=1e-6)
@@ -48,8 +49,8 @@ def main(settings):
     chosen = list(dict.fromkeys(settings.format or (["dat"] if settings.input_dat else ["hf", "dat"])))
     if settings.dequantize and (settings.quantize_head or "hf" not in chosen):
         raise ValueError("--dequantize is for --format hf alone, without --quantize-head")
-    if settings.quantize_head and not {"hf", "modelopt"} & set(chosen):
-        raise ValueError(f"--quantize-head is for --format hf and modelopt, not {' '.join(chosen)}")
+    if settings.quantize_head and chosen == ["dat"]:
+        raise ValueError("--quantize-head is for --format hf, modelopt and mlx: a .dat always has it so")
     if settings.input_dat and "dat" not in chosen:
         raise ValueError("--input-dat is for --format dat")
     source = find_checkpoint(settings.checkpoint)
@@ -58,13 +59,15 @@ def main(settings):
     print(f"reading {source}: {len(list(model.parameters()))} tensors, {size:.2f} M weights")
     out = Path(settings.out or source.parent)
     out.mkdir(parents=True, exist_ok=True)
-    paths = {}
+    paths, record = {}, {}
+    if (source / "train.json").is_file():
+        record = checkpoint.read_json(source / "train.json")
     for name in chosen:
         if name == "dat":
-            paths[name] = export_dat(model, source, out / "model.dat", settings.input_dat, settings.verify)
+            paths[name] = export_dat(model, record, out / "model.dat", settings.input_dat, settings.verify)
         else:
             layout = "bf16" if settings.dequantize else name
-            paths[name] = export_directory(model, tokenizer, layout, out / layout, settings)
+            paths[name] = export_directory(model, tokenizer, record, layout, out / layout, settings)
     if "hf" in paths:
         print(f"next    vllm serve {paths['hf']}    (or any program that reads a Hugging Face directory)")
     return paths
@@ -79,15 +82,16 @@ def find_checkpoint(path):
         ) from None
 
 
-def export_directory(model, tokenizer, layout, path, settings):
-    """Write the directory `path`; returns it."""
-    head = settings.quantize_head and layout != "mlx"
+def export_directory(model, tokenizer, record, layout, path, settings):
+    """Write the directory `path`; returns it. record: the checkpoint's train.json."""
+    head = settings.quantize_head
     tensors, keys = layouts.tensors_of(model, layout, head), layouts.config_keys(layout, head)
     with replacing(path, MARK) as aside:
         aside.mkdir()
         checkpoint.write_model(aside, model.config, tokenizer, tensors, keys, int(settings.shard_gb * 1e9))
         if layout == "modelopt":
             checkpoint.write_json(aside / "hf_quant_config.json", layouts.modelopt_keys(head))
+        card.write(aside / "README.md", layout, record, tokenizer)
         checkpoint.write_json(aside / MARK, {"version": minifp4.__version__, "layout": layout})
         if settings.verify:  # before it takes the place of an earlier one
             for file in checkpoint.open_weights(aside):
@@ -96,15 +100,31 @@ def export_directory(model, tokenizer, layout, path, settings):
     return path
 
 
-def export_dat(model, source, path, input_dat, verified):
-    """Write a new .dat, or `input_dat` with the trained entries replaced; returns its path."""
-    trained = checkpoint.read_json(source / "train.json").get("trained", []) if input_dat else []
+def export_dat(model, record, path, input_dat, verified):
+    """Write a new .dat, or `input_dat` with the trained entries replaced; returns its path.
+
+    A .dat has no room for a mark, so a file beside it has the digest of what was written; any other .dat
+    under this name, such as the F# trainer's own, is refused.
+    """
+    trained, mark = record.get("trained", []) if input_dat else [], path.with_name(f".{path.name}.minifp4")
+    ours = mark.read_text().split() if mark.is_file() else []
+    if path.is_file() and digest(path) not in ours:
+        raise ValueError(f"{path} was not written by export.py; move it or choose another --out")
     with replacing(path) as aside:
         counts = checkpoint.write_dat(aside, model, input_dat, trained)
         if verified and not input_dat:  # else `write_dat` has compared with the checkpoint and `input_dat`
             verify(dat.DatFile(aside), model, "dat", path)
+        mark.write_text("\n".join([*ours[-1:], digest(aside), ""]))  # should this end now, either is there
     report("dat", path, counts, verified)
     return path
+
+
+def digest(path):
+    found = hashlib.blake2b()
+    with open(path, "rb") as file:
+        while piece := file.read(2**24):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def verify(file, model, layout, path):

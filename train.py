@@ -64,8 +64,8 @@ class Settings:
     warmup: int = how(0, "steps over which the learning rate rises to --lr", least=0)
     schedule: str = how("constant", "of the rate after the warm-up", choices=("constant", "cosine"))
     weight_decay: float = how(0.01, "decoupled; norms have none", least=0.0)
-    beta1: float = how(0.9, "memory of the mean gradient", least=0.0, below=1.0)
-    beta2: float = how(0.95, "memory of the mean square", least=0.0, below=1.0)
+    beta1: float = how(0.9, "memory of the mean gradient", least=0.0, below=1 - 1e-7)  # 1 - it, in fp32
+    beta2: float = how(0.95, "memory of the mean square", least=0.0, below=1 - 1e-7)
     grad_clip: float = how(None, "largest norm of the gradient; 0, and in the backward pass: any", least=0.0)
     loss: str = how("ce", "cross entropy, or |hidden - embedding| to debug with", choices=("ce", "scalar"))
 
@@ -111,7 +111,7 @@ def main(settings):
     device = choose_device(settings.device)
     check_together(settings, device)
     asked, settings = settings, replace_unset(settings, device)
-    memory = Memory(device, settings.memory_limit_gb)
+    memory = Memory(device, settings.memory_limit_gb, in_use(settings))
     with memory.phase("load"):
         model, tokenizer = prepare_model(settings, source, device)
         counts = choose_weights(model, settings, source, device)
@@ -121,7 +121,7 @@ def main(settings):
         step = make_step(model, optimizer, settings, memory)
     describe(settings, model, counts, optimizer, examples, cut)
     record = {"trained": list(optimizer.parameters), "settings": asdict(asked), "data": digest(settings),
-              "run": run_of(source)}  # fmt: skip
+              "run": run_of(source), "command": shlex.join(["python", *sys.argv])}  # fmt: skip
     save = Saver(settings, step, tokenizer, record, memory)
     with only_user(Path(settings.out)), compiler_failures_named():
         prompts = test_prompts(settings)
@@ -141,6 +141,20 @@ def main(settings):
     usual = settings.out == "out" and checkpoint.model_directory("out") == path
     print("next    python export.py" + ("" if usual else f" --checkpoint {shlex.quote(str(path))}"))
     return path
+
+
+def in_use(settings):
+    """What `memory.ADVICE` need not say, because it is done already."""
+    done = {
+        "--master-dtype nvfp4": settings.master_dtype == "nvfp4",
+        "--optimizer-state nvfp4": settings.optimizer_state == "nvfp4",
+        "--activation-checkpointing": settings.activation_checkpointing and not settings.keep_activations,
+        "--step-in-backward": settings.step_in_backward,
+        "--step-chunk-rows": settings.step_chunk_rows,
+        "a smaller --batch-size": settings.batch_size == 1,
+        "--no-cuda-graph": settings.cuda_graph is not True,
+    }
+    return {what for what, is_so in done.items() if is_so}
 
 
 def run_of(source):

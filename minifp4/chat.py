@@ -37,7 +37,7 @@ class Tokenizer:
         self.path, self.companions = Path(path), {}
         try:
             self.core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # the library raises plain ones, and a panic, which `cli.run` tells
             raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from None
         self.core.encode_special_tokens = True  # text never becomes a special token
         self.core.no_truncation()  # a tokenizer.json may bring both, for another use

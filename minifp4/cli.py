@@ -126,9 +126,13 @@ def compiler_failures_named():
         raise ValueError(f"torch.compile failed: {why}; --no-compile does without it") from None
 
 
+# How what would steer a terminal is shown instead: names and texts come from other people's files.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t\r"}
+
+
 class Console:
     """A stream that never ends a program: what its encoding lacks is replaced, and when nobody reads any more
-    (`| head`) or the disk is full, what is written is dropped."""
+    (`| head`) or the disk is full, what is written is dropped. Control characters are shown, not sent."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -136,7 +140,7 @@ class Console:
             stream.reconfigure(errors="replace")
 
     def write(self, text):
-        return self._whatever(self.stream.write, text)
+        return self._whatever(self.stream.write, text.translate(CONTROLS))
 
     def flush(self):
         self._whatever(self.stream.flush)
@@ -185,6 +189,11 @@ def run(main, kind, text):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizer's Rust, which is no Exception
+            raise
+        print(f"error: the tokenizer failed: {error}", file=sys.stderr)
+        sys.exit(2)
     finally:
         sys.stdout.flush()  # here a reader who has gone is still no matter
         sys.stdout, sys.stderr = before

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .model import Qwen3
-from .packed import pack, stored_values
+from .packed import Packed, pack, stored_values
 from .storage import FLOATS
 
 
@@ -65,7 +65,23 @@ def choose_trained(model, *, lm_head, embed, last_layers=0):
             inside = name.startswith("model.layers.")
             p.requires_grad = int(name.split(".")[2]) >= first if inside else not last_layers
         counts[kind] += p.requires_grad
+    read_ends(model, [name for name, p in model.named_parameters() if p.requires_grad])
     return counts
+
+
+def read_ends(model, names=None):
+    """Let head and embedding be read through NVFP4 if they train (are among `names`) or are packed; else as
+    they are stored, for servers keep them like that, and 4 bits would save nothing.
+
+    names: None where nobody has said what trains: then they are, unless the projections are packed and they
+    are not.
+    """
+    tied = model.config.tie_word_embeddings
+    packed = any(isinstance(layer.weight, Packed) for layer in model.linears()[:-1])
+    head, embedding = ("model.embed_tokens.weight" if tied else "lm_head.weight"), "model.embed_tokens.weight"
+    for name, layer in ((head, model.lm_head), (embedding, model.model.embed_tokens)):
+        trains = not packed if names is None else name in names
+        layer.quantized = model.quantized and (trains or isinstance(layer.weight, Packed))
 
 
 @torch.no_grad()

@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+KINDS = "--master-dtype nvfp4", "--optimizer-state nvfp4"
+BATCH = "a smaller --batch-size", "a smaller --seq-len"
 ADVICE = {  # what lowers the peak of a phase
-    **dict.fromkeys(("load", "answer"), "--master-dtype nvfp4 and --optimizer-state nvfp4"),
-    "forward": "--activation-checkpointing, or a smaller --batch-size with --grad-accum",
-    "backward": "--step-in-backward, or a smaller --batch-size with --grad-accum",
-    "step": "--step-in-backward, or --step-chunk-rows",
-    "save": "closing other programs",
+    "load": (*KINDS, "a smaller model"),
+    "answer": (*KINDS, "a smaller --test-max-tokens"),
+    "forward": ("--activation-checkpointing", *BATCH, "--no-cuda-graph"),  # a recorded step keeps memory
+    "backward": ("--step-in-backward", "--activation-checkpointing", *BATCH, "--no-cuda-graph"),
+    "step": ("--step-in-backward", "--step-chunk-rows", *KINDS),
+    "save": ("closing other programs",),
 }
 
 
@@ -43,10 +46,12 @@ class Memory:
 
     limit_gib: at most so much for this process (None: all there is). The allocator of a GPU keeps it, on
     Linux the kernel for a CPU. Raises ValueError where neither can.
+    in_use: what of `ADVICE` need not be said.
     """
 
-    def __init__(self, device, limit_gib=None):
+    def __init__(self, device, limit_gib=None, in_use=()):
         self.device, self.limit_gib, self.phases, self.current = device, limit_gib, {}, "load"
+        self.in_use = in_use
         if device.type == "cuda":
             one_growing_segment()
         self.base = 0 if device.type == "cuda" else self.now()[0]  # the limit of a process is beside this
@@ -101,9 +106,7 @@ class Memory:
             size, unit = float(wanted[1]), wanted[2]  # "742.00 MiB" on a GPU, "13762560 bytes" on a CPU
             used += f" and {size / 2**20:.2f} MiB" if unit == "bytes" else f" and {size} {unit}"
             used += " more were asked for"
-        advice = ADVICE[self.current]
-        if self.device.type == "cuda" and self.current in ("forward", "backward"):
-            advice += ", or --no-cuda-graph"  # recorded steps keep memory for themselves
+        advice = " or ".join(what for what in ADVICE[self.current] if what not in self.in_use)
         return f"{limit} is not enough: in the phase {self.current!r} {used}; less is needed with {advice}"
 
     def peak(self):

@@ -254,6 +254,7 @@ class Qwen3(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.cross_entropy = cross_entropy
+        self.divisors = {}  # {name: global scale} of NVFP4 weights whose file divides by it (`files.layouts`)
 
     def linears(self):
         """All projections, and the head last."""

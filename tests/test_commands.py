@@ -275,7 +275,7 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         (["train.py", "--lr", "1e300"], "--lr must be at least 0.0 and below 1000.0, got 1e+300"),
         (["train.py", "--weight-decay", "inf"], "--weight-decay must be at least 0.0, and finite, got inf"),
         (["train.py", "--init-random", "--train-data", "bad.tsv"], "bad.tsv, line 2"),
-        (["train.py", "--beta2", "1"], "--beta2 must be at least 0.0 and below 1.0, got 1.0"),
+        (["train.py", "--beta2", "1"], "--beta2 must be at least 0.0 and below 0.9999999, got 1.0"),
         (["train.py", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["train.py", "--optimizer-state", "fp4"], "--optimizer-state: invalid choice: 'fp4'"),
         (["train.py", "--optimizer-state", "fp16"], "--optimizer-state: invalid choice: 'fp16'"),
@@ -301,7 +301,8 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         (["train.py", "--device", "toaster"], "--device toaster"),
         (["export.py"], "train first (python train.py)"),
         (["export.py", "--checkpoint", "nowhere"], "nowhere does not exist"),
-        (["export.py", "--format", "mlx", "--quantize-head"], "--quantize-head is for --format hf"),
+        (["export.py", "--format", "dat", "--quantize-head"], "--quantize-head is for --format hf"),
+        (["train.py", "--beta2", ".99999999"], "--beta2 must be at least 0.0 and below 0.9999999"),
         (["export.py", "--format", "gguf"], "--format: invalid choice: 'gguf'"),
         (
             ["export.py", "--dequantize", "--quantize-head"],

@@ -117,9 +117,63 @@ def test_layout_of_dat(trained, tied):
             assert torch.equal(file[name], stored_values(model.get_parameter(name)).half())
 
 
-def test_a_tied_head_cannot_be_quantized(trained):
-    with pytest.raises(ValueError, match="tied.*--untie"):
-        export(checkpoint=str(trained(tie_word_embeddings=True)), format=["hf"], quantize_head=True)
+@pytest.mark.parametrize("layout", ["hf", "modelopt"])
+def test_a_tied_head_cannot_be_quantized_for_servers(trained, layout):
+    with pytest.raises(ValueError, match=f"tied.*--format {layout}.*--untie"):
+        export(checkpoint=str(trained(tie_word_embeddings=True)), format=[layout], quantize_head=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_mlx_takes_the_head_in_nvfp4(trained, tied):
+    """A tied one too: mlx-lm quantizes whatever has scales beside it."""
+    out = trained(tie_word_embeddings=tied)
+    path = export(checkpoint=str(out), format=["mlx"], quantize_head=True)["mlx"]
+    names = safetensors.SafeFile(path / "model.safetensors").entries
+    assert ("model.embed_tokens.scales" in names) == tied and ("lm_head.scales" in names) != tied
+    assert minifp4.load(path)[0](torch.arange(9).view(1, -1)).isfinite().all()
+
+
+def test_a_head_that_does_not_train_stays_as_it_is(tmp_path, tsv):
+    """Servers keep it in bf16, so it is read and exported as its file has it; NVFP4 only if one asks."""
+    for tied in (False, True):
+        model = small_model(tie_word_embeddings=tied)
+        model.lm_head.weight.data = model.lm_head.weight.data.bfloat16()
+        model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.bfloat16()
+        source = small_directory(tmp_path / f"model{tied}", model)
+        out = tmp_path / f"out{tied}"
+        train(model=str(source), train_data=str(tsv), steps=1, out=str(out), test_max_tokens=1)
+        before, after = minifp4.load(source)[0], minifp4.load(out)[0]
+        path = export(checkpoint=str(out), format=["hf"])["hf"]
+        file = safetensors.SafeFile(path / "model.safetensors")
+        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        assert torch.equal(file[head], before.lm_head.weight)
+        assert torch.equal(after.lm_head.value(torch.bfloat16), before.lm_head.weight)
+        assert torch.equal(minifp4.load(path)[0].lm_head.value(torch.bfloat16), before.lm_head.weight)
+        if not tied:
+            packed = export(checkpoint=str(out), format=["hf"], quantize_head=True)["hf"]
+            assert "lm_head.weight_packed" in safetensors.SafeFile(packed / "model.safetensors").entries
+    train(model=str(source), train_data=str(tsv), steps=1, out=str(out / "trained"), master_dtype="bf16",
+          train_lm_head=True)  # fmt: skip
+    trained = minifp4.load(out / "trained")[0].lm_head
+    assert not torch.equal(trained.value(torch.bfloat16), trained.weight)
+
+
+def test_a_dat_that_somebody_else_has_written_is_not_replaced(trained):
+    out = trained()
+    path = export(checkpoint=str(out), format=["dat"])["dat"]
+    assert export(checkpoint=str(out), format=["dat"])["dat"] == path  # ours, once more
+    theirs = path.read_bytes()[:-1] + b"x"
+    path.write_bytes(theirs)
+    with pytest.raises(ValueError, match="model.dat was not written by export.py; move it or choose"):
+        export(checkpoint=str(out), format=["dat"])
+    assert path.read_bytes() == theirs
+
+
+def test_an_export_says_where_it_comes_from(trained, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--steps", "2", "--train-data", "my data.tsv"])
+    card = (export(checkpoint=str(trained()), format=["hf"])["hf"] / "README.md").read_text()
+    assert card.startswith("---\nbase_model: model\nlibrary_name: transformers\n")
+    assert "python train.py --steps 2 --train-data 'my data.tsv'" in card
 
 
 def test_verification_notices_a_wrong_byte(trained, monkeypatch):
@@ -153,12 +207,11 @@ def test_modelopt_layout_through_compressed_tensors_own_converter(trained):
     assert converted.keys() == files["hf"].entries.keys()
     for name, tensor in converted.items():
         assert torch.equal(bits(tensor), bits(files["hf"][name])), name
-    config = json.loads((paths["modelopt"] / "hf_quant_config.json").read_text())
-    assert config["quantization"]["quant_algo"] == "W4A16_NVFP4"
-    assert (
-        json.loads((paths["modelopt"] / "config.json").read_text())["quantization_config"].items()
-        >= config.items()
-    )
+    nested = json.loads((paths["modelopt"] / "hf_quant_config.json").read_text())
+    flat = json.loads((paths["modelopt"] / "config.json").read_text())["quantization_config"]
+    assert nested["quantization"]["quant_algo"] == flat["quant_algo"] == "W4A16_NVFP4"
+    assert nested["quantization"]["exclude_modules"] == flat["ignore"] == ["lm_head"]
+    assert nested["producer"] == flat["producer"] == {"name": "minifp4", "version": minifp4.__version__}
 
 
 def test_mlx_decodes_its_layout_as_we_do(trained):

@@ -17,7 +17,7 @@ from conftest import ROOT, export, read_lines, small_directory, small_model, tra
 import minifp4
 import train as program
 from minifp4 import chat, nvfp4
-from minifp4.files import atomic, checkpoint, safetensors
+from minifp4.files import atomic, checkpoint, layouts, safetensors
 from minifp4.files.atomic import bits, only_user, replacing, tidy
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -180,6 +180,14 @@ def test_a_console_without_a_character_shows_another(settings, tmp_path, encodin
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+def test_names_do_not_steer_the_terminal(settings, model):
+    """Nor do answers: an escape sequence in somebody's file is shown, not sent."""
+    change(model, lambda tensors: tensors | {"\x1b[2Jevil": torch.zeros(1)})
+    words = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", value)]
+    error = run(*words, stderr=subprocess.PIPE).communicate()[1].decode()
+    assert "\\x1b[2Jevil" in error and "\x1b" not in error
+
+
 @pytest.mark.parametrize("unbuffered", ["1", ""])
 def test_a_reader_who_has_gone_ends_nothing(settings, tmp_path, unbuffered):
     """`python train.py | head -1`, whether a line is written at once or at the end."""
@@ -260,7 +268,7 @@ def test_data_may_lie_elsewhere_when_a_run_goes_on(settings, tsv, tmp_path):
     [
         (lambda r: r["settings"].update(of_tomorrow=1), "train.json: unknown settings: of_tomorrow"),
         (lambda r: r["settings"].update(batch_size="many"), "train.json: batch_size must be int, got 'many'"),
-        (lambda r: r["settings"].update(beta2=1.5), "--beta2 must be at least 0.0 and below 1.0, got 1.5"),
+        (lambda r: r["settings"].update(beta2=1.5), "--beta2 must be at least 0.0 and below 0.9999999, got 1.5"),
         (lambda r: r.pop("settings"), 'train.json: the key "settings" is missing'),
         (lambda r: r.pop("optimizer_steps"), "train.json: 'optimizer_steps' must be a whole number"),
         (lambda r: r.update(step="3"), "train.json: 'step' must be a whole number, got '3'"),
@@ -412,6 +420,25 @@ def test_frozen_nvfp4_keeps_its_very_bytes(settings, model):
     before = minifp4.load(model)[0].get_parameter(UP)
     after = minifp4.load(train(**settings, train_last_layers=1))[0].get_parameter(UP)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(before.nvfp4(), after.nvfp4()))
+
+
+def test_a_global_scale_that_divides_is_kept_to_its_last_bit(settings, model):
+    """The reciprocal of 1005's reciprocal is another number. A scale that has doubled is half of it."""
+
+    def edit(tensors):
+        tensors = as_others_write_it("hf")(tensors)
+        divisor = torch.tensor([1005.0])
+        assert 1 / (1 / divisor) != divisor
+        return tensors | {name: divisor for name in tensors if name.endswith("global_scale")}
+
+    change(model, edit)
+    path = train(**settings)
+    written = export(checkpoint=str(path), format=["hf"])["hf"]
+    file = safetensors.SafeFile(written / "model.safetensors")
+    kept = {file[name].item() for name in file.entries if name.endswith("global_scale")}
+    assert kept and kept <= {1005.0 / 2**k for k in range(8)}
+    assert layouts.reciprocal(1 / torch.tensor(1005.0) * 4, 1005.0) == 1005.0 / 4
+    assert layouts.reciprocal(torch.tensor(0.25), 1005.0) == 4
 
 
 def test_a_base_model_learns_to_stop_and_other_programs_are_told(settings, model):

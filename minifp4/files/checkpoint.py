@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..chat import SPECIAL_TOKENS, Tokenizer
-from ..masters import default_compute_dtype, set_weight
+from ..masters import default_compute_dtype, read_ends, set_weight
 from ..model import Config, Qwen3
 from ..nvfp4 import BLOCK, row_chunks
 from ..packed import PLACES, Packed, pack_exactly
@@ -25,7 +25,9 @@ from ..storage import FLOATS
 from ..vocabulary import CHAT_TEMPLATE
 from . import dat, layouts, safetensors
 from .atomic import replacing
-from .layouts import ACTIVATION_SCALES, EMBEDDING, HEAD, find_packed, module_of, read_weight, stored_tensors
+from .layouts import (
+    ACTIVATION_SCALES, EMBEDDING, HEAD, find_packed, module_of, read_divisor, read_weight, stored_tensors,
+)  # fmt: skip
 
 BASE = Path(__file__).parents[1] / "assets" / "base"  # the bundled model
 WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
@@ -188,6 +190,10 @@ def read_weights(model, files, device):
         elif parts is None and not ours and _reads_nvfp4(module_of(model, name)):
             value = pack_exactly(value)
         set_weight(model, name, value)
+        if isinstance(value, Packed) and (divisor := read_divisor(file, parts)):
+            model.divisors[name] = divisor
+    trained = read_json(record).get("trained") if ours else None
+    read_ends(model, names=trained)
 
 
 def find_weights(model, files):
@@ -195,7 +201,7 @@ def find_weights(model, files):
     wanted, found, known = {name for name, _ in model.named_parameters()}, {}, set()
     for file in files:
         packed = find_packed(file.entries)
-        known |= {part for parts in packed.values() for part in (*parts[:3], parts.more)}
+        known |= {part for parts in packed.values() for part in (*parts[:3], parts.more, parts.divisor)}
         for name in [*packed, *(file.entries.keys() - known)]:
             if name in found:
                 raise ValueError(f"{file.path}: {name!r} is also in {found[name][0].path}")
@@ -262,7 +268,7 @@ def save(out, model, tokenizer, optimizer, record):
     directory = Path(out) / f"step-{record['step']:06d}"
     tensors = {}
     for name, p in model.named_parameters():
-        tensors |= stored_tensors(name, p)
+        tensors |= stored_tensors(model, name, p)
     with replacing(directory, mark="train.json") as aside:
         aside.mkdir(parents=True)
         write_model(aside, model.config, tokenizer, tensors)

@@ -8,7 +8,9 @@
 
 with codes U8 [out, in/2] and block scales F8_E4M3 [out, in/16], viewed as other types by MLX. Inside minifp4
 scales multiply; that compressed-tensors stores the reciprocal of the global one (`value = e2m1 * scale /
-weight_global_scale`) is known to this module only. Our global scales are powers of two, so it is exact.
+weight_global_scale`) is known to this module only. Our global scales are powers of two, so it is exact; of
+others the number that was read is kept beside the model (`divisors`), for its reciprocal's reciprocal may
+be another.
 
 Without a global scale small weights live in E4M3's subnormals: such files are quantized once more, from the
 stored weights, and a little coarser.
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import __version__
 from ..nvfp4 import BLOCK, NVFP4, dequantize, quantize
 from ..packed import Packed, stored_values
 
@@ -39,6 +42,11 @@ class Parts(NamedTuple):
     def more(self):
         """In checkpoints of train.py: the further bits of a weight that is stored as nvfp4x2."""
         return f"{self.scale}_more"
+
+    @property
+    def divisor(self):
+        """The global scale that divides, or its name in checkpoints of train.py, if they have it."""
+        return self.global_scale if self.reciprocal else f"{self.qdata}_global_scale"
 
 
 def parts_of(weight, layout):
@@ -107,25 +115,48 @@ def read_weight(file, name, parts, device):
     return Packed(NVFP4(*(part.to(device, copy=True) for part in (q.qdata, e4m3, q.global_scale))), more)
 
 
-def stored_tensors(name, p):
+def read_divisor(file, parts):
+    """The global scale that divides, of a weight of `file` with these `parts`, if its reciprocal's reciprocal
+    is another number; else None."""
+    if parts is None or file.entries.get(parts.divisor, (None, None))[1] not in ((), (1,)):
+        return None
+    divisor = file[parts.divisor].float().reshape(())
+    return None if 1 / (1 / divisor) == divisor else divisor.item()
+
+
+def stored_tensors(model, name, p):
     """{name: tensor} of a parameter as a checkpoint of train.py keeps it: bit for bit as it is in memory."""
     if not isinstance(p, Packed):
         return {name: p.detach()}
-    layout = "modelopt"  # with the global scale itself: the reciprocal of a reciprocal may be another number
-    tensors = write_nvfp4(name, p.nvfp4(), layout)
+    parts = parts_of(name, "modelopt")  # with the global scale itself
+    tensors = write_nvfp4(name, p.nvfp4(), "modelopt")
     if p.more is not None:
-        tensors[parts_of(name, layout).more] = p.more
+        tensors[parts.more] = p.more
+    if name in model.divisors:
+        tensors[parts.divisor] = torch.tensor([model.divisors[name]])
     return tensors
 
 
-def write_nvfp4(name, q, layout):
-    """{name in the file: tensor} for the parameter `name` with the codes `q`."""
+def reciprocal(global_scale, divisor=None):
+    """What compressed-tensors keeps of a global scale, fp32 [1]: the number that was read from it, if it is
+    still that one or has grown from it by powers of two; else 1 / global_scale."""
+    if divisor is not None:
+        divisor = torch.tensor([divisor])
+        grown = (1 / divisor) / global_scale.cpu()
+        if torch.frexp(grown).mantissa == 0.5:
+            return divisor * grown
+    return 1 / global_scale.reshape(1)
+
+
+def write_nvfp4(name, q, layout, divisor=None):
+    """{name in the file: tensor} for the parameter `name` with the codes `q`; divisor: see `reciprocal`."""
     parts, qdata, scale = parts_of(name, layout), q.qdata, q.scale
     if layout == "mlx":
         qdata, scale = qdata.contiguous().view(torch.uint32), scale.view(torch.uint8)
     tensors = {parts.qdata: qdata, parts.scale: scale}
     if parts.global_scale is not None:
-        tensors[parts.global_scale] = 1 / q.global_scale.reshape(1) if parts.reciprocal else q.global_scale
+        scale = q.global_scale
+        tensors[parts.global_scale] = reciprocal(scale, divisor) if parts.reciprocal else scale
     return tensors
 
 
@@ -135,11 +166,13 @@ def tensors_of(model, layout, quantize_head=False):
 
     layout: "hf" (compressed-tensors), "modelopt", "mlx", or "bf16" for no NVFP4 at all.
     """
-    if quantize_head and model.config.tie_word_embeddings:
+    tied = model.config.tie_word_embeddings
+    if quantize_head and tied and layout != "mlx":
         raise ValueError(
-            "the head is tied to the embedding, and no program reads an NVFP4 embedding: "
-            "export without --quantize-head, or train with --untie"
+            "the head is tied to the embedding, and no program reads an NVFP4 embedding in --format "
+            f"{layout}: export without --quantize-head, or train with --untie"
         )
+    head = EMBEDDING if tied else HEAD
     for layer in model.linears() if layout in ("hf", "modelopt") else ():
         if not layer.group.agrees():
             raise ValueError(
@@ -148,13 +181,13 @@ def tensors_of(model, layout, quantize_head=False):
             )
     tensors = {}
     for name, p in model.named_parameters():
-        plain = layout == "bf16" or p.dim() == 1 or name == EMBEDDING or (name == HEAD and not quantize_head)
-        if plain:
+        wide = p.dim() == 1 or name in (EMBEDDING, HEAD) and not (quantize_head and name == head)
+        if layout == "bf16" or wide:
             tensors[name] = plain_value(model, name)
         elif layout == "mlx":
             tensors |= write_nvfp4(name, single_level(p), layout)
         else:
-            tensors |= write_nvfp4(name, module_of(model, name).codes(), layout)
+            tensors |= write_nvfp4(name, module_of(model, name).codes(), layout, model.divisors.get(name))
     return tensors
 
 
@@ -181,7 +214,8 @@ def expected_nvfp4(model, name, layout):
         return single_level(module.weight)
     codes = module.codes()
     if layout == "hf":  # the file has the reciprocal
-        return codes._replace(global_scale=1 / (1 / codes.global_scale))
+        divided = 1 / reciprocal(codes.global_scale, model.divisors.get(name)).reshape(())
+        return codes._replace(global_scale=divided)
     return codes
 
 
@@ -229,7 +263,7 @@ def config_keys(layout, quantize_head=False):
     if layout == "hf":
         weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": BLOCK}
         weights |= {"strategy": "tensor_group", "dynamic": False}
-        targets = ["Linear", "lm_head"] if quantize_head else ["Linear"]
+        targets = ["lm_head", "Linear"] if quantize_head else ["Linear"]
         group = {"targets": targets, "weights": weights, "input_activations": None}
         keys["quantization_config"] = {
             "quant_method": "compressed-tensors",
@@ -239,7 +273,16 @@ def config_keys(layout, quantize_head=False):
             "ignore": [] if quantize_head else ["lm_head"],
         }
     elif layout == "modelopt":
-        keys["quantization_config"] = {"quant_method": "modelopt", **modelopt_keys(quantize_head)}
+        nested = modelopt_keys(quantize_head)
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+        keys["quantization_config"] = {  # the same, flat, as ModelOpt writes it there
+            "quant_method": "modelopt",
+            "quant_algo": nested["quantization"]["quant_algo"],
+            "group_size": BLOCK,
+            "ignore": nested["quantization"]["exclude_modules"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "producer": nested["producer"],
+        }
     elif layout == "mlx":
         keys["quantization"] = {"group_size": BLOCK, "bits": 4, "mode": "nvfp4"}
     return keys
@@ -248,7 +291,7 @@ def config_keys(layout, quantize_head=False):
 def modelopt_keys(quantize_head=False):
     """The content of ModelOpt's hf_quant_config.json."""
     return {
-        "producer": {"name": "minifp4"},
+        "producer": {"name": "minifp4", "version": __version__},
         "quantization": {
             "quant_algo": "W4A16_NVFP4",
             "kv_cache_quant_algo": None,
