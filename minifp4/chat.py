@@ -202,13 +202,13 @@ def sample(examples, step, *, batch_size, seed=0, mode="random", rank=0, ranks=1
     for position in range(first, first + batch_size):
         epoch, place = divmod(position, count)
         if mode == "random":
-            place = _order(count, seed, epoch)[place]
+            place = order(count, seed, epoch)[place]
         chosen.append(examples[place])
     return chosen
 
 
 @functools.lru_cache(2)  # a batch may reach into the next epoch
-def _order(count, seed, epoch):
+def order(count, seed, epoch):
     """In which order the examples come in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 

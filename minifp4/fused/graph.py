@@ -37,11 +37,11 @@ class Recorder:
         self.beside, self.waiting = None, []  # the stream of updates; [(event after it, gradient)]
 
     def __call__(self, batches):
-        shape = batches[0][0].shape
-        if len(batches) > 1 or shape.numel() > SMALL:
+        shape = tuple(part.shape for part in batches[0])
+        if len(batches) > 1 or shape[0].numel() > SMALL:
             return self.plain_run(batches)
         if shape in self.seen and shape not in self.recorded:  # all its kernels are compiled now
-            if all(shape.numel() > other.numel() for other in self.recorded):
+            if all(shape[0].numel() > other[0].numel() for other in self.recorded):
                 self.forget()
             if len(self.recorded) < GRAPHS:
                 self.recorded[shape] = self._record(batches[0])

@@ -87,14 +87,14 @@ def refit(group, kernels, plain):
         kernels.refit([raw(weight.scale) for weight in weights], [weight.global_scale for weight in weights])
 
 
-def block_forward(block, kernels, x, cos, sin, cache=None):
+def block_forward(block, kernels, x, cos, sin, cache=None, spans=None):
     """`Block.forward`."""
     attention, mlp = block.self_attn, block.mlp
     x, for_q, for_k, for_v = add_norm(block.input_layernorm, kernels, x, readers=3)
     q, k = attention.heads(attention.q_proj(for_q)), attention.heads(attention.k_proj(for_k))
     q = rotated_norm(attention.q_norm, kernels, q, cos, sin)
     k = rotated_norm(attention.k_norm, kernels, k, cos, sin)
-    branch = attention.attend(q, k, attention.heads(attention.v_proj(for_v)), cache)
+    branch = attention.attend(q, k, attention.heads(attention.v_proj(for_v)), cache, spans)
     x, for_gate, for_up = add_norm(block.post_attention_layernorm, kernels, x, branch, readers=2)
     return x + mlp.down_proj(mlp.up_proj(for_up), gate=mlp.gate_proj(for_gate))
 
@@ -104,10 +104,10 @@ def norm_forward(module, kernels, x):
     return add_norm(module, kernels, x)[1]
 
 
-def block_recomputed(block, x, cos, sin):
+def block_recomputed(block, *inputs):
     """`Block.recomputed`."""
     return checkpoint(
-        block, x, cos, sin, use_reentrant=False, preserve_rng_state=False,
+        block, *inputs, use_reentrant=False, preserve_rng_state=False,
         context_fn=lambda: (Recomputed(block, False), Recomputed(block, True)),
     )  # fmt: skip
 

@@ -82,9 +82,10 @@ def ours(config, what, device):
         record(step)
     model.model.activation_checkpointing = True
 
-    def run(ids, kept):
-        model.model.keep_activations = kept
-        return step([(ids, ids)])
+    def run(batch, kept):
+        """A batch as of `Step`, or token ids that are all learned."""
+        model.model.keep_activations = kept if isinstance(kept, int) else 0
+        return step([batch if isinstance(batch, tuple) else (batch, batch)])
 
     return run
 
@@ -109,8 +110,10 @@ def theirs(config, what, device):
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
 
-    def run(ids, kept):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    def run(batch, kept):
+        ids, labels, *spans = batch if isinstance(batch, tuple) else (batch, batch)
+        how = {"position_ids": spans[0].positions(ids.shape[1]).long()} if spans else {}
+        model(input_ids=ids, labels=labels, use_cache=False, **how).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
