@@ -34,6 +34,7 @@ what, output = groups("what", "output")
 @dataclass
 class Settings:
     checkpoint: str = what("out", "a checkpoint, or a directory of some: then the newest", "DIR")
+    best: bool = what(False, "that with the least held-out loss instead of the newest")
     format: list = what(None, "repeatable; default: hf and dat", choices=FORMATS)
     dequantize: bool = what(False, "hf without NVFP4: the same values in bf16, for any program")
     quantize_head: bool = what(False, "the head in NVFP4 too (hf, modelopt, mlx; a tied one only in mlx)")
@@ -53,7 +54,7 @@ def main(settings):
         raise ValueError("--quantize-head is for --format hf, modelopt and mlx: a .dat always has it so")
     if settings.input_dat and "dat" not in chosen:
         raise ValueError("--input-dat is for --format dat")
-    source = find_checkpoint(settings.checkpoint)
+    source = find_checkpoint(settings.checkpoint, settings.best)
     model, tokenizer = minifp4.load(source)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"reading {source}: {len(list(model.parameters()))} tensors, {size:.2f} M weights")
@@ -73,7 +74,11 @@ def main(settings):
     return paths
 
 
-def find_checkpoint(path):
+def find_checkpoint(path, best):
+    if best:
+        if not (Path(path) / checkpoint.BEST / "train.json").is_file():
+            raise FileNotFoundError(f"{path} holds no {checkpoint.BEST}: train with --eval-data")
+        return Path(path) / checkpoint.BEST
     try:
         return checkpoint.model_directory(path)
     except FileNotFoundError as error:

@@ -8,32 +8,31 @@ Each step: read a batch, run the model forward and backward through its 4-bit we
 with AdamW. `python train.py --help` lists the settings; they are the fields of `Settings` below.
 """
 
-import contextlib
 import hashlib
-import json
 import math
 import secrets
 import shlex
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 import minifp4
-from minifp4 import chat, masters, vocabulary
+from minifp4 import data as reading
+from minifp4 import heldout, masters, rows, vocabulary
 from minifp4.cli import (
     check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
     stopping,
 )  # fmt: skip
 from minifp4.files import checkpoint
-from minifp4.files.atomic import only_user, remove, replacing
-from minifp4.memory import GIB, Memory
+from minifp4.files.atomic import only_user, remove
+from minifp4.memory import Memory
 from minifp4.packed import bytes_of
 from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
+from minifp4.watch import Watch, matrix_rate, report_memory, warned
 
 HOPELESS = 10  # steps; if all of the first ones are skipped, so will be the others
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
@@ -47,9 +46,12 @@ class Settings:
     model: str = what(None, "directory of a Qwen3; default: the bundled, or that of --input-dat", "DIR")
     input_dat: str = what(None, "take the weights from this TorchSharp .dat, the rest from --model", "FILE")
     init_random: bool = what(False, "start from random weights; the tokenizer may come from the data")
-    train_data: str = what(str(BUNDLED_DATA), "TSV: prompt<TAB>target; or JSONL with messages", "FILE")
+    train_data: str = what(str(BUNDLED_DATA), "TSV: prompt<TAB>target; JSONL; or plain text", "FILE")
+    eval_data: str = what(None, "held out: never trains, is asked how well it is foretold", "FILE")
+    eval_share: float = what(0.0, "hold out so much of --train-data instead", least=0.0, below=1.0)
     sample_mode: str = what("random", "order of the conversations", choices=("random", "sequential"))
     seq_len: int = what(256, "tokens of a conversation at most; longer answers are cut", least=2)
+    drop_long: bool = what(False, "leave longer conversations out instead")
     seed: int = what(0, "of the sampling and the stochastic rounding", least=0)
 
     train_lm_head: bool = which(False, "train the head too")
@@ -58,7 +60,9 @@ class Settings:
     untie: bool = which(False, "give a tied head a tensor of its own")
 
     steps: int = how(6, "optimizer steps", least=1)
-    batch_size: int = how(16, "conversations in one forward pass", least=1)
+    epochs: float = how(None, "passes through the data, instead of --steps", least=1e-9)
+    batch_size: int = how(None, "conversations in one forward pass; default: 16 but on CUDA", least=1)
+    batch_tokens: int = how(None, "or as many as fit into so many tokens; default on CUDA: 4096", least=2)
     grad_accum: int = how(1, "forward and backward passes in one step", least=1)
     lr: float = how(None, "default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0, below=1e3)
     warmup: int = how(0, "steps over which the learning rate rises to --lr", least=0)
@@ -92,6 +96,9 @@ class Settings:
     keep: int = output(2, "checkpoints of this run to keep", "N", least=1)
     resume: str = output(None, "go on from the newest in --out, or from DIR", "DIR", nargs="?", const="")
     log_every: int = output(1, "steps between lines", "N", least=1)
+    eval_every: int = output(0, "steps between evaluations; 0: a tenth of all", "N", least=0)
+    patience: int = output(0, "end when so many evaluations were not better; 0: never", "N", least=0)
+    tensorboard: bool = output(False, "write the same numbers for TensorBoard, into --out")
     test_prompt: list = output(None, "asked before and after (repeatable); default: from the data", "TEXT")
     test_max_tokens: int = output(48, "tokens of an answer at most", "N", least=1)
 
@@ -99,45 +106,62 @@ class Settings:
 # What may differ when a run goes on: nothing here changes what is computed (data is known by its content).
 FREE = {
     "steps", "step_chunk_rows", "activation_checkpointing", "keep_activations", "compile", "cuda_graph",
-    "memory_limit_gb", "memory_report", "device", "train_data", "out", "output_dat", "save_every",
-    "keep", "resume", "log_every", "test_prompt", "test_max_tokens",
+    "memory_limit_gb", "memory_report", "device", "train_data", "eval_data", "out", "output_dat",
+    "save_every", "keep", "resume", "log_every", "eval_every", "patience", "tensorboard", "test_prompt",
+    "test_max_tokens", "epochs",
 }  # fmt: skip
 
 
 def main(settings):
     """Train as `settings` say; returns the path of the last checkpoint."""
     check(settings)
+    for one, other in (("epochs", "steps"), ("batch_tokens", "batch_size"), ("eval_data", "eval_share")):
+        if {one, other} <= given(settings):
+            raise ValueError(f"{spellings(one)[0]} and {spellings(other)[0]} exclude each other")
     settings, source = find_start(settings)
     device = choose_device(settings.device)
+    settings = replace(settings, **batch_of(settings, device))
     check_together(settings, device)
     asked, settings = settings, replace_unset(settings, device)
     memory = Memory(device, settings.memory_limit_gb, in_use(settings))
     with memory.phase("load"):
+        rate = matrix_rate(device)
         model, tokenizer = prepare_model(settings, source, device)
         counts = choose_weights(model, settings, source, device)
-        examples, cut = chat.read_examples(settings.train_data, tokenizer, settings.seq_len)
+        data, held = heldout.split(settings, tokenizer)
+        batches = make_rows(data, settings, tokenizer)
+        start = step_of(source) if source else 0
+        settings = replace(settings, steps=steps_of(settings, batches, start, source))
         optimizer = make_optimizer(model, settings)
-        start = checkpoint.read_moments(source, optimizer)["step"] if source else 0
+        before = checkpoint.read_moments(source, optimizer) if source else {}
         step = make_step(model, optimizer, settings, memory)
-    describe(settings, model, counts, optimizer, examples, cut)
-    record = {"trained": list(optimizer.parameters), "settings": asdict(asked), "data": digest(settings),
-              "run": run_of(source), "command": shlex.join(["python", *sys.argv])}  # fmt: skip
-    save = Saver(settings, step, tokenizer, record, memory)
+        if held:
+            size = settings.batch_tokens or max(4096, settings.seq_len)
+            held = heldout.HeldOut(model, held, tokenizer.end_of_text, size, settings.loss)
+    describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
+    record = {"trained": list(optimizer.parameters), "settings": asdict(replace(asked, steps=settings.steps)),
+              "data": digest(settings), "run": before.get("run") or secrets.token_hex(8),
+              "command": shlex.join(["python", *sys.argv])}  # fmt: skip
+    save = Saver(settings, step, tokenizer, record, memory, heldout.Best(**before.get("best", {})))
     with only_user(Path(settings.out)), compiler_failures_named():
-        prompts = test_prompts(settings)
+        prompts = test_prompts(settings, tokenizer, data)
         with memory.phase("answer"):
-            answers = ask("before", model, tokenizer, prompts, settings)
-        train(step, tokenizer, examples, settings, start, save, memory)
+            answers = ask("before", model, tokenizer, prompts, settings, data)
+        watch = Watch(settings, step, memory, start, rate)
+        end = train(step, batches, held, settings, start, save, watch)
         step.close()
-        path = save(settings.steps)  # before anything else can go wrong
+        path = save(end)  # before anything else can go wrong
         with memory.phase("answer"):
-            ask("after", model, tokenizer, prompts, settings, answers)
+            ask("after", model, tokenizer, prompts, settings, data, answers)
         print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
         if settings.output_dat:
             checkpoint.write_dat(Path(settings.output_dat), model, settings.input_dat, optimizer.parameters)
             print(f"saved   {settings.output_dat}")
         if settings.memory_report:
             report_memory(Path(settings.memory_report), memory, step)
+    if held and save.best.step and save.best.step != end:
+        where = Path(settings.out) / checkpoint.BEST
+        print(f"best    {where}: step {save.best.step}, held-out loss {save.best.loss:.4f}; export.py --best")
     usual = settings.out == "out" and checkpoint.model_directory("out") == path
     print("next    python export.py" + ("" if usual else f" --checkpoint {shlex.quote(str(path))}"))
     return path
@@ -151,48 +175,72 @@ def in_use(settings):
         "--activation-checkpointing": settings.activation_checkpointing and not settings.keep_activations,
         "--step-in-backward": settings.step_in_backward,
         "--step-chunk-rows": settings.step_chunk_rows,
-        "a smaller --batch-size": settings.batch_size == 1,
+        "a smaller --batch-size": settings.batch_size in (1, None),
+        "a smaller --batch-tokens": settings.batch_tokens is None,
         "--no-cuda-graph": settings.cuda_graph is not True,
     }
     return {what for what, is_so in done.items() if is_so}
 
 
-def run_of(source):
-    """What tells the checkpoints of one run from another's; a run that goes on is the one that it was."""
-    before = checkpoint.read_json(source / "train.json").get("run") if source else None
-    return before or secrets.token_hex(8)
+def batch_of(settings, device):
+    """{"batch_size"} or {"batch_tokens"} if nobody has said: what is faster."""
+    if settings.batch_size or settings.batch_tokens:
+        return {}
+    return {"batch_tokens": max(4096, settings.seq_len)} if device.type == "cuda" else {"batch_size": 16}
 
 
-@contextlib.contextmanager
-def warned(what):
-    """Something beside the training, such as a line of a log: if it fails, a note says so, and training goes
-    on."""
+def make_rows(data, settings, tokenizer):
+    """The `rows.Rows` that train."""
+    size = settings.batch_tokens
+    if size:  # a row is never longer than all there is
+        all_of_it = sum(len(ids) for ids, _ in data.examples)
+        size = min(size, all_of_it + -all_of_it % 64)
     try:
-        yield
-    except OSError as error:
-        print(f"note    {what} ({error.strerror or error})", flush=True)
+        return rows.Rows(
+            data.examples, tokenizer.end_of_text, size=size, count=settings.batch_size,
+            mode=settings.sample_mode, seed=settings.seed, multiple=64 if settings.cuda_graph else 1,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{settings.train_data}: {error}: --batch-tokens or --seq-len") from None
+
+
+def step_of(source):
+    """At which step a checkpoint is."""
+    path = source / "train.json"
+    return checkpoint.number_in(checkpoint.read_json(path), "step", path)
+
+
+def steps_of(settings, batches, start, source):
+    """The last step: --steps, or what --epochs makes of it."""
+    steps = settings.steps
+    if settings.epochs is not None:
+        steps = math.ceil(batches.until(settings.epochs) / settings.grad_accum)
+    if steps <= start:
+        raise ValueError(f"{source} is at step {start} already; give a larger --steps, not {steps}")
+    return steps
 
 
 class Saver:
     """`path = save(step)`: the checkpoint of a step of this run, written once; older ones of it are removed.
 
-    record: what train.json says beside the step.
+    record: what train.json says beside the step. best: `heldout.Best`. name: of another directory than
+    step-N.
     """
 
-    def __init__(self, settings, step, tokenizer, record, memory):
+    def __init__(self, settings, step, tokenizer, record, memory, best):
         self.settings, self.step, self.tokenizer, self.record = settings, step, tokenizer, record
-        self.memory, self.written = memory, {}
+        self.memory, self.written, self.best = memory, {}, best
 
-    def __call__(self, number):
-        if number not in self.written:
+    def __call__(self, number, name=None):
+        if (number, name) not in self.written:
             with self.memory.phase("save"):
-                state, parts = {"step": number, **self.record}, (self.step.model, self.tokenizer)
-                path = checkpoint.save(self.settings.out, *parts, self.step.optimizer, state)
-                self.written[number] = path
+                state = {"step": number, **self.record, "best": asdict(self.best)}
+                parts = (self.step.model, self.tokenizer, self.step.optimizer, state)
+                self.written[number, name] = checkpoint.save(self.settings.out, *parts, name)
             for old in self._own()[: -self.settings.keep]:
                 with warned(f"cannot remove {old}"):
                     remove(old)
-        return self.written[number]
+        return self.written[number, name]
 
     def _own(self):
         """The checkpoints of this run, also those that it wrote before it was resumed, oldest first."""
@@ -209,7 +257,7 @@ def find_start(settings):
     source = checkpoint.model_directory(settings.resume or settings.out)
     record = checkpoint.read_json(source / "train.json")
     old = settings_of(record, source / "train.json")
-    for name in sorted(given(settings) - FREE) + ["steps"] * (old.schedule != "constant"):
+    for name in sorted(given(settings) - FREE) + ["steps", "epochs"] * (old.schedule != "constant"):
         if getattr(settings, name) != getattr(old, name) and name in given(settings):
             raise ValueError(
                 f"{spellings(name)[0]} {getattr(settings, name)}: {source} has "
@@ -220,12 +268,10 @@ def find_start(settings):
     # A file does not say where this run writes: it may be a copy, or somebody else's.
     here = {"out": settings.out if "out" in given(settings) or not settings.resume else str(source.parent)}
     here |= {name: None for name in ("output_dat", "memory_report")}
+    here |= {"epochs": None} if "steps" in given(settings) else {}
     new = replace(old, **here | {name: getattr(settings, name) for name in given(settings) & FREE})
     if digest(new) != record.get("data"):
         raise ValueError(f"--train-data {new.train_data} has changed since {source} was made")
-    step = checkpoint.number_in(record, "step", source / "train.json")
-    if new.steps <= step:
-        raise ValueError(f"{source} is at step {step} already; give a larger --steps, not {new.steps}")
     return new, source
 
 
@@ -252,6 +298,9 @@ def check_together(settings, device):
         path = getattr(settings, name) and Path(getattr(settings, name))
         if path and not path.parent.is_dir():
             raise FileNotFoundError(f"{spellings(name)[0]} {path}: there is no directory {path.parent}")
+    for name in ("eval_every", "patience"):
+        if getattr(settings, name) and not (settings.eval_data or settings.eval_share):
+            raise ValueError(f"{spellings(name)[0]} needs --eval-data or --eval-share")
     if settings.finer_ends and settings.master_dtype != "nvfp4":
         raise ValueError(f"--finer-ends is for --master-dtype nvfp4, not {settings.master_dtype}")
     if settings.step_in_backward and settings.grad_accum > 1:
@@ -279,13 +328,20 @@ def check_together(settings, device):
 def replace_unset(settings, device):
     """Compile and record where that is usual on this device, if nobody has said."""
     compile = compiles(device) if settings.compile is None else settings.compile
-    graph = device.type == "cuda" if settings.cuda_graph is None else settings.cuda_graph
+    dtype = FLOATS.get(settings.compute_dtype) or masters.default_compute_dtype(device)
+    recordable = rows.in_one_kernel(device, dtype)
+    graph = recordable if settings.cuda_graph is None else settings.cuda_graph
+    if graph and device.type == "cuda" and not recordable:
+        raise ValueError("--cuda-graph: attention in packed rows is recorded on GPUs from 8.0 on, in 16 bits")
     return replace(settings, compile=compile, cuda_graph=graph)
 
 
 def digest(settings):
     """What tells one --train-data from another."""
-    return hashlib.sha256(checkpoint.existing(Path(settings.train_data)).read_bytes()).hexdigest()
+    path, found = Path(settings.train_data), hashlib.sha256()
+    for file in sorted(path.glob("*.txt")) if path.is_dir() else [checkpoint.existing(path)]:
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def prepare_model(settings, source, device):
@@ -314,8 +370,10 @@ def prepare_model(settings, source, device):
 
 def new_tokenizer(settings, size):
     """A tokenizer for the texts of --train-data; it is written with the first checkpoint."""
-    conversations = chat.read_conversations(settings.train_data)
-    texts = [message["content"] for _, messages in conversations for message in messages]
+    texts = []
+    for _, record in reading.read_records(settings.train_data):
+        texts += [message["content"] for message in record.get("messages", ())]
+        texts += [record[key] for key in ("prompt", "completion", "text") if key in record]
     with tempfile.TemporaryDirectory() as directory:
         vocabulary.train_tokenizer(texts, size, Path(directory))
         return checkpoint.read_tokenizer(Path(directory))
@@ -395,112 +453,43 @@ def learning_rate(settings, step=None):
     return top * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def train(step, tokenizer, examples, settings, start, save, memory):
-    """The steps after `start`; a line of text and one of metrics.jsonl every --log-every of them."""
-    tokens, since, optimizer = 0, time.perf_counter(), step.optimizer
-    keep_metrics(Path(settings.out) / "metrics.jsonl", start)
+def train(step, batches, held, settings, start, save, watch):
+    """The steps after `start`, with an evaluation now and then; returns the step at which it ended."""
+    best, device = save.best, step.model.device
+    every = settings.eval_every or max(1, settings.steps // 10)
     if settings.compile:
         print("note    the first step compiles, a minute or so; --no-compile does without", flush=True)
+    if held and not start:
+        watch.held_out(0, held.loss(), False)
     with stopping() as stop:
         for number in range(start, settings.steps):
-            batches = make_batches(examples, number, settings, tokenizer.end_of_text, step)
-            optimizer.lr = learning_rate(settings, number)
-            loss, norm = step(batches)
-            tokens += sum(ids.numel() for ids, _ in batches)
-            if (number + 1) % settings.log_every == 0 or number + 1 == settings.steps or stop.signal:
-                speed = tokens / (time.perf_counter() - since)
-                done = number + 1 - start
-                skipped = note(number + 1, loss, norm, speed, step, settings, memory)
-                tokens, since = 0, time.perf_counter()
-                if skipped == done and (done >= HOPELESS or number + 1 == settings.steps):
-                    raise ValueError(f"all {done} steps were skipped: the loss or the gradient is not finite")
-            if settings.save_every and (number + 1) % settings.save_every == 0:
-                save(number + 1)
-            if stop.signal and number + 1 < settings.steps:
-                print(f"saved   {save(number + 1)}; --resume goes on from there")
+            parts = range(number * settings.grad_accum, (number + 1) * settings.grad_accum)
+            step.optimizer.lr = learning_rate(settings, number)
+            result = step([batches.batch(part, device) for part in parts])
+            done, tokens = number + 1, sum(map(batches.tokens, parts))
+            skipped = watch.after(done, result, tokens, batches.passed(parts.stop), now=stop.signal)
+            if skipped == done - start and (skipped >= HOPELESS or done == settings.steps):
+                raise ValueError(f"all {skipped} steps were skipped: the loss or the gradient is not finite")
+            if held and (done % every == 0 or done == settings.steps):
+                with watch.paused():
+                    loss = held.loss()
+                    better = best.take(loss, done)
+                    watch.held_out(done, loss, better)
+                    if better:
+                        save(done, checkpoint.BEST)
+                if settings.patience and best.since >= settings.patience:
+                    print(f"note    no better for {best.since} evaluations: this ends at step {done}")
+                    return done
+            if settings.save_every and done % settings.save_every == 0:
+                with watch.paused():
+                    save(done)
+            if stop.signal and done < settings.steps:
+                print(f"saved   {save(done)}; --resume goes on from there")
                 sys.exit(128 + stop.signal)
+    return settings.steps
 
 
-def note(number, loss, norm, speed, step, settings, memory):
-    """Print a step's line, and add one to metrics.jsonl; returns how many steps were skipped."""
-    record = {
-        "step": number, "loss": loss.item(), "lr": step.optimizer.lr, "grad_norm": norm.item(),
-        "moved": step.optimizer.moved(), "tokens_per_second": speed,
-        "peak_memory_gib": memory.peak() / GIB, "skipped": step.skipped.item(),
-    }  # fmt: skip
-    if number == settings.steps:  # it takes a pass through all moments
-        record["floored"] = step.optimizer.floored()
-    step.optimizer.reset_moved()
-    log(record, settings)
-    valid = {key: value if math.isfinite(value) else None for key, value in record.items()}  # JSON has no NaN
-    path = Path(settings.out) / "metrics.jsonl"
-    with warned(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(valid) + "\n")
-    return record["skipped"]
-
-
-def keep_metrics(path, start):
-    """Leave the lines of the steps up to `start`, of a run that goes on; a killed run may have left half a
-    line."""
-    lines, kept = [], []
-    if start and path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line is no reason to stop
-            if json.loads(line)["step"] <= start:
-                kept.append(f"{line}\n")
-    with replacing(path) as aside:
-        aside.write_text("".join(kept), encoding="utf-8")
-
-
-def make_batches(examples, number, settings, pad, step):
-    """The --grad-accum batches of a step: [(ids, labels)]."""
-    parts = range(number * settings.grad_accum, (number + 1) * settings.grad_accum)
-    how = {"batch_size": settings.batch_size, "seed": settings.seed, "mode": settings.sample_mode}
-    multiple = 64 if settings.cuda_graph else 1  # few lengths, so that few graphs are recorded
-    return [
-        chat.collate(chat.sample(examples, part, **how), pad, step.model.device, multiple) for part in parts
-    ]
-
-
-def log(record, settings):
-    """Print a step's line."""
-    print(
-        f"step    {record['step']}/{settings.steps}  loss {record['loss']:.4f}  lr {record['lr']:.1e}  "
-        f"grad {record['grad_norm']:.2f}  moved {record['moved']:.3f}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
-        + (f"  floored {record['floored']:.2%}" if record.get("floored", 0) > 1e-4 else "")
-        + (f"  skipped {record['skipped']} (not finite)" if record["skipped"] else ""),
-        flush=True,
-    )
-
-
-def report_memory(path, memory, step):
-    """Write and print where the memory went."""
-    roles = {
-        "weights": sum(bytes_of(p) for p in step.model.parameters()),
-        "moments": step.optimizer.nbytes(),
-        "gradients": step.gradient_bytes,
-        "activations": max(0, memory.phases["forward"]["peak"] - memory.phases["forward"]["before"]),
-    }
-    report = {
-        "device": str(memory.device),
-        "limit_gib": memory.limit_gib,
-        "phases": memory.phases,
-        "roles": roles,
-    }
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"memory  {'GiB by phase':12}{'at its end':>12}{'at most':>12}")
-    for name, phase in memory.phases.items():
-        print(f"memory  {name:12}{phase['allocated'] / GIB:12.3f}{phase['peak'] / GIB:12.3f}")
-    print(
-        "memory  at most, by role: " + ", ".join(f"{name} {size / GIB:.3f}" for name, size in roles.items())
-    )
-    print(f"saved   {path}")
-
-
-def describe(settings, model, counts, optimizer, examples, cut):
+def describe(settings, model, counts, optimizer, tokenizer, data, batches, held):
     """What is about to happen: the machine, the model, what trains, what a weight costs, the data."""
     config, device = model.config, model.device
     place = (
@@ -527,32 +516,50 @@ def describe(settings, model, counts, optimizer, examples, cut):
         f"{moments / trained:.2f} moments ({settings.optimizer_state}) = "
         f"{(masters + moments) / trained:.2f}; read as {read}"
     )
+    if data.first:
+        print(f"format  {tokenizer.template}")
+    kind = "conversations" if data.first else "texts"
+    tokens = sum(len(ids) for ids, _ in data.examples)
+    size = f"{settings.batch_size} x {settings.grad_accum} a step"
+    if batches.size:
+        size = f"{settings.grad_accum} x {batches.size:,} tokens a step, {batches.full():.0%} full"
     print(
-        f"data    {settings.train_data}: {len(examples)} conversations, {settings.batch_size} x "
-        f"{settings.grad_accum} a step, {settings.sample_mode}"
-        + (f"; {cut} longer than --seq-len were cut" if cut else "")
+        f"data    {settings.train_data}: {data.records:,} {kind}, {tokens:,} tokens; {size}, "
+        f"{settings.sample_mode}"
     )
+    if data.cut:
+        print(f"note    {data.cut} longer than --seq-len were cut: {data.lost:,} tokens are lost")
+    if data.dropped:
+        print(f"note    {data.dropped} longer than --seq-len are left out")
+    if held:
+        print(f"held    {held.records:,} {kind} are held out, {held.tokens():,} tokens")
 
 
-def test_prompts(settings):
-    if settings.test_prompt:
-        return settings.test_prompt
-    if settings.train_data == str(BUNDLED_DATA):
-        return ["你是誰", "談談UFO"]
-    conversations = chat.read_conversations(settings.train_data)
-    said = (message for _, messages in conversations for message in messages)
-    return [message["content"] for message in said if message["role"] == "user"][:1]
+def test_prompts(settings, tokenizer, data):
+    """[(what is printed, what is asked)]: messages, the data's system message among them; or tokens to go on
+    from, if the data is texts."""
+    system = [message for message in (data.first or ([], None))[0][:1] if message["role"] == "system"]
+    texts = settings.test_prompt
+    if texts is None and settings.train_data == str(BUNDLED_DATA):
+        texts = ["你是誰", "談談UFO"]
+    if texts is None:
+        messages = data.first[0] if data.first else []
+        return [(messages[-1]["content"], messages)] if messages else []
+    if not data.first:
+        return [(text, tokenizer.encode(text)) for text in texts]
+    return [(text, [*system, {"role": "user", "content": text}]) for text in texts]
 
 
-def ask(when, model, tokenizer, prompts, settings, before=None):
+def ask(when, model, tokenizer, prompts, settings, data, before=None):
     """Print and return the answers to `prompts`; `before`: earlier ones, to say which are the same."""
+    how = {"max_new_tokens": settings.test_max_tokens, "thinking": data.thinks}
+    how["tools"] = data.first[1] if data.first else None
     with torch.compiler.set_stance("force_eager"):  # else every length of text would be compiled for itself
         answers = [
-            minifp4.generate(model, tokenizer, prompt, max_new_tokens=settings.test_max_tokens)
-            for prompt in prompts
+            minifp4.generate(model, tokenizer, asked, **how) for _, asked in prompts
         ]
-    for prompt, answer, old in zip(prompts, answers, before or [None] * len(prompts)):
-        shown = answer.replace("\n", "\\n")
+    for (prompt, _), answer, old in zip(prompts, answers, before or [None] * len(prompts)):
+        prompt, shown = prompt.replace("\n", "\\n"), answer.replace("\n", "\\n")
         print(f"{when:8}{prompt} → {shown}" + ("   (as before)" if answer == old else ""), flush=True)
     return answers
 

@@ -27,6 +27,7 @@ class Settings:
     prompt: list = what(None, "questions; none: a conversation", positional=True)
     model: str = what(str(BASE), "model directory, .dat file, or a directory of checkpoints (out)")
     system: str = what(None, "a system message", "TEXT")
+    thinking: bool = what(True, "a hybrid model may think first")
     max_new_tokens: int = how(256, "tokens of an answer at most", "N", least=1)
     temperature: float = how(0.0, "0: always the likeliest token", least=0.0)
     top_k: int = how(0, "draw among the K likeliest tokens; 0: all", "K", least=0)
@@ -81,7 +82,7 @@ def show(model, tokenizer, messages, settings, generator):
     """Print the answer as it comes, its speed to stderr; returns it."""
     ids, shown, begin = [], "", time.perf_counter()
     how = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    prompt = tokenizer.prompt(messages)
+    prompt = tokenizer.prompt(messages, thinking=settings.thinking)
     length, stops = settings.max_new_tokens, tokenizer.stop_ids
     for token in stream(model, prompt, length, stops, generator=generator, **how):
         ids.append(token)

@@ -62,18 +62,23 @@ def stream(model, ids, max_new_tokens, stop_ids=(), **sampling):
             ids = [token]
 
 
-def generate(model, tokenizer, prompt, *, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=None):
-    """The assistant's answer to `prompt`: a user's text, or a list of {"role", "content"} messages.
+def generate(model, tokenizer, prompt, *, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=None,
+             tools=None, thinking=True):  # fmt: skip
+    """The assistant's answer to `prompt`: a user's text, or a list of {"role", "content"} messages; or what
+    follows the tokens [int].
 
-    Greedy unless `temperature` is above 0; `seed` then makes the draws repeatable. Raises ValueError for an
-    empty prompt and for sampling settings out of range.
+    Greedy unless `temperature` is above 0; `seed` then makes the draws repeatable. tools: what it may call.
+    thinking: False asks a hybrid model to answer at once. Raises ValueError for an empty prompt and for
+    sampling settings out of range.
     """
     if not prompt:
         raise ValueError("the prompt is empty")
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     generator = torch.Generator(model.device).manual_seed(seed) if seed is not None else None
+    if not isinstance(prompt[0], int):
+        prompt = tokenizer.prompt(prompt, tools, thinking)
     ids = stream(
-        model, tokenizer.prompt(prompt), max_new_tokens, tokenizer.stop_ids,
+        model, prompt, max_new_tokens, tokenizer.stop_ids,
         temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
     )  # fmt: skip
     return tokenizer.decode(ids)

@@ -15,7 +15,7 @@ import torch
 
 GIB = 2**30
 KINDS = "--master-dtype nvfp4", "--optimizer-state nvfp4"
-BATCH = "a smaller --batch-size", "a smaller --seq-len"
+BATCH = "a smaller --batch-size", "a smaller --batch-tokens", "a smaller --seq-len"
 ADVICE = {  # what lowers the peak of a phase
     "load": (*KINDS, "a smaller model"),
     "answer": (*KINDS, "a smaller --test-max-tokens"),

@@ -17,6 +17,7 @@ pure function of (seed, step), and a run that resumes needs no memory of its dat
 
 import functools
 import inspect
+import math
 
 import torch
 import torch.nn.functional as F
@@ -96,35 +97,65 @@ class Rows:
         if size and self.longest > size:
             raise ValueError(f"a conversation of {self.longest} tokens does not fit into a row of {size}")
         self.epoch = functools.lru_cache(2)(self._epoch)
-        self.lengths = []  # rows in each epoch so far
+        self.ends = [0]  # the rows before each epoch so far
 
     def _epoch(self, number):
-        """The rows of an epoch, each a list of numbers of examples."""
+        """The rows of an epoch, each a list of numbers of examples; only with a `size`."""
         places = range(len(self.examples))
         if self.mode == "random":
             places = order(len(self.examples), self.seed, number).tolist()
         return fill([len(ids) for ids, _ in self.examples], places, self.size)
 
-    def chosen(self, number):
-        """(the epoch, the numbers of the examples) of row `number`."""
-        if self.size is None:
-            first, found = number * self.count, []
-            for position in range(first, first + self.count):
-                epoch, place = divmod(position, len(self.examples))
-                random = self.mode == "random"
-                found.append(order(len(self.examples), self.seed, epoch)[place] if random else place)
-            return first / len(self.examples), found
+    def _find(self, number):
+        """(epoch, which of its rows) of row `number`."""
         epoch = 0
         while True:
-            if epoch == len(self.lengths):
-                self.lengths.append(len(self.epoch(epoch)))
-            if number < self.lengths[epoch]:
-                return epoch + number / self.lengths[epoch], self.epoch(epoch)[number]
-            number, epoch = number - self.lengths[epoch], epoch + 1
+            if epoch + 1 == len(self.ends):
+                self.ends.append(self.ends[-1] + len(self.epoch(epoch)))
+            if number < self.ends[epoch + 1]:
+                return epoch, number - self.ends[epoch]
+            epoch += 1
+
+    def chosen(self, number):
+        """The numbers of the examples in row `number`."""
+        if self.size:
+            epoch, row = self._find(number)
+            return self.epoch(epoch)[row]
+        found = []
+        for position in range(number * self.count, (number + 1) * self.count):
+            epoch, place = divmod(position, len(self.examples))
+            random = self.mode == "random"
+            found.append(int(order(len(self.examples), self.seed, epoch)[place]) if random else place)
+        return found
+
+    def passed(self, number):
+        """How many epochs are over after so many rows."""
+        if self.size is None:
+            return number * self.count / len(self.examples)
+        epoch, row = self._find(number)
+        return epoch + row / (self.ends[epoch + 1] - self.ends[epoch])
+
+    def until(self, epochs):
+        """How many rows so many epochs have."""
+        if self.size is None:
+            return math.ceil(epochs * len(self.examples) / self.count)
+        whole = int(epochs)
+        self._find(sum(len(self.epoch(epoch)) for epoch in range(whole)))
+        return self.ends[whole] + math.ceil((epochs - whole) * (self.ends[whole + 1] - self.ends[whole]))
+
+    def tokens(self, number):
+        """How many tokens of text row `number` has."""
+        return sum(len(self.examples[place][0]) for place in self.chosen(number))
+
+    def full(self):
+        """The share of the first epoch's rows that is text."""
+        if self.size is None:
+            return 1.0
+        return sum(len(ids) for ids, _ in self.examples) / (self.size * len(self.epoch(0)))
 
     def batch(self, number, device="cpu"):
         """(ids [1, T], labels [1, T], `Spans`) of row `number`."""
-        return self.laid([self.examples[place] for place in self.chosen(number)[1]], device)
+        return self.laid([self.examples[place] for place in self.chosen(number)], device)
 
     def laid(self, examples, device):
         """Some examples as one row."""

@@ -57,7 +57,7 @@ def test_a_conversation_has_a_history(monkeypatch, capsys):
     monkeypatch.setattr(
         minifp4.chat.Tokenizer,
         "prompt",
-        lambda self, messages: asked.append(list(messages)) or prompt(self, messages),
+        lambda self, messages, **how: asked.append(list(messages)) or prompt(self, messages, **how),
     )
     out, _ = ask("--system", "Be kind.", capsys=capsys)
     contents = [[message["content"] for message in messages] for messages in asked]

@@ -16,7 +16,7 @@ from conftest import ROOT, export, read_lines, small_directory, small_model, tra
 
 import minifp4
 import train as program
-from minifp4 import chat, nvfp4
+from minifp4 import chat, nvfp4, watch
 from minifp4.files import atomic, checkpoint, layouts, safetensors
 from minifp4.files.atomic import bits, only_user, replacing, tidy
 
@@ -306,7 +306,7 @@ def test_a_run_that_is_restarted_keeps_no_more_checkpoints(settings, tmp_path):
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(settings, monkeypatch, capsys):
-    monkeypatch.setattr(program, "keep_metrics", lambda path, start: path.mkdir())
+    monkeypatch.setattr(watch, "keep_metrics", lambda path, start: path.mkdir())
     assert train(**settings).is_dir()
     assert capsys.readouterr().out.count("note    cannot write") == 2
 
@@ -551,18 +551,24 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 @pytest.mark.parametrize(
     "line, message",
     [
-        ({"messages": [USER, ANSWER | {"weight": 0}]}, '"weight" in a message is not supported'),
-        ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, '"tool_calls" in a message'),
-        ({"messages": [USER, ANSWER | {"reasoning_content": "c"}]}, '"reasoning_content" in a message'),
-        ({"messages": [USER, ANSWER], "tools": [{}]}, '"tools" are not supported'),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, 'every answer has "weight" 0'),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, '"weight" must be 0 or 1, got 0.5'),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, '"tool_calls" must be a list of'),
+        ({"messages": [USER | {"reasoning_content": "c"}, ANSWER]}, "are the assistant's"),
+        ({"messages": [USER, ANSWER], "tools": "ls"}, '"tools" must be a list of objects'),
+        ({"messages": [USER, ANSWER], "tools": [{}]}, '"tools": the chat template of this model knows none'),
         ({"messages": [USER | {"content": "half \ud83d"}, ANSWER]}, "not a text that can be written as"),
         ({"messages": [USER | {"content": None}, ANSWER]}, "that is a text and not empty"),
-        ({"messages": [USER | {"content": [{}]}, ANSWER]}, '"content" in parts is not supported'),
+        ({"messages": [USER | {"content": [{}]}, ANSWER]}, '"content" in parts must be of texts alone'),
         ('{"messages": ' + "[" * 10**5, "not JSON"),
+        ({"conversations": []}, "another layout.*jq -c"),
+        ({"instruction": "a", "output": "b"}, "another layout.*jq -c"),
+        ({"text": " "}, "expected"),
     ],
-    ids=["weight", "tool_calls", "reasoning_content", "tools", "surrogate", "null", "parts", "nested"],
-)
-def test_lines_that_mean_more_than_is_understood_are_refused(tmp_path, line, message):
+    ids=["weight 0", "weight", "tool_calls", "reasoning_content", "tools", "template", "surrogate", "null",
+         "parts", "nested", "ShareGPT", "Alpaca", "empty"],
+)  # fmt: skip
+def test_lines_that_are_not_understood_are_refused(tmp_path, line, message):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"messages": [USER, ANSWER | {"weight": 1}]}) + "\n"
                     + (line if isinstance(line, str) else json.dumps(line)))  # fmt: skip

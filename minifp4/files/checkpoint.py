@@ -21,7 +21,9 @@ from ..masters import default_compute_dtype, read_ends, set_weight
 from ..model import Config, Qwen3
 from ..nvfp4 import BLOCK, row_chunks
 from ..packed import PLACES, Packed, pack_exactly
+from ..progress import watched
 from ..storage import FLOATS
+from ..template import Template
 from ..vocabulary import CHAT_TEMPLATE
 from . import dat, layouts, safetensors
 from .atomic import replacing
@@ -30,6 +32,7 @@ from .layouts import (
 )  # fmt: skip
 
 BASE = Path(__file__).parents[1] / "assets" / "base"  # the bundled model
+BEST = "best"  # the directory beside step-* of the checkpoint with the least held-out loss
 WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
 FORMAT = 2  # of checkpoints: `_from_format_1` says what was different
 SHARD_BYTES = 5 * 10**9  # of one file of an export
@@ -76,7 +79,20 @@ def read_tokenizer(directory):
     for name in SPOKEN:
         if name in tokenizer.companions:
             read_json(directory / name)  # says now if it is damaged
+    tokenizer.template = Template(chat_template(tokenizer.companions))
     return tokenizer
+
+
+def chat_template(companions):
+    """The Jinja of a model's chat template, or None: a file of its own, or in tokenizer_config.json as a text
+    or as several with names."""
+    if "chat_template.jinja" in companions:
+        return companions["chat_template.jinja"].decode(errors="replace")
+    found = json.loads(companions.get("tokenizer_config.json", b"{}")).get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def check_vocabulary(directory, config, tokenizer):
@@ -170,7 +186,7 @@ def read_weights(model, files, device):
     ours = record.is_file()
     older = ours and _is_older(read_json(record), record)
     found = find_weights(model, files)
-    for name, meta in dict(model.named_parameters()).items():
+    for name, meta in watched(list(model.named_parameters()), "loading"):
         file, parts = found[name]
         value = read_weight(file, name, parts, device)
         if older and isinstance(value, Packed) and value.more is not None:
@@ -259,13 +275,13 @@ def _some(names):
     return f"{len(names)} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})" if names else "none"
 
 
-def save(out, model, tokenizer, optimizer, record):
-    """Write the checkpoint `out`/step-NNNNNN (record["step"]); returns its path; it appears whole or not at
-    all.
+def save(out, model, tokenizer, optimizer, record, name=None):
+    """Write the checkpoint `out`/step-NNNNNN (record["step"]), or `out`/`name`; returns its path; it appears
+    whole or not at all.
 
     record: what train.json says beside the optimizer's steps: "step", "trained" (names), "settings".
     """
-    directory = Path(out) / f"step-{record['step']:06d}"
+    directory = Path(out) / (name or f"step-{record['step']:06d}")
     tensors = {}
     for name, p in model.named_parameters():
         tensors |= stored_tensors(model, name, p)

@@ -54,7 +54,7 @@ def measure(way, size, steps, quick):
     rows = Rows(some, 0, size=row)
     batches, real = [], []
     for number in range(steps):
-        chosen = [some[place] for place in rows.chosen(number)[1]]
+        chosen = [some[place] for place in rows.chosen(number)]
         if way == "padded":
             chosen = chat.sample(some, number, batch_size=16)
             batches.append(chat.collate(chosen, 0, device, 64))

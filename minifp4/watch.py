@@ -1,0 +1,186 @@
+"""What a run says while it trains: a line for each step, metrics.jsonl, and TensorBoard if it is wanted."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from .files.atomic import replacing
+from .memory import GIB
+from .packed import bytes_of
+from .progress import duration
+
+METRICS = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def warned(what):
+    """Something beside the training, such as a line of a log: if it fails, a note says so, and training goes
+    on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"note    {what} ({error.strerror or error})", flush=True)
+
+
+def keep_metrics(path, start):
+    """Leave the lines of the steps up to `start`, of a run that goes on; a killed run may have left half a
+    line."""
+    lines, kept = [], []
+    if start and path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line is no reason to stop
+            if json.loads(line)["step"] <= start:
+                kept.append(f"{line}\n")
+    with replacing(path) as aside:
+        aside.write_text("".join(kept), encoding="utf-8")
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl; damaged lines are left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+class Watch:
+    """`watch.after(...)` each step, `watch.held_out(...)` each evaluation.
+
+    start: the step before the first. rate: what `matrix_rate` has found.
+    """
+
+    def __init__(self, settings, step, memory, start, rate):
+        self.step, self.memory, self.every, self.rate = step, memory, settings.log_every, rate
+        self.start, self.steps, self.path = start, settings.steps, Path(settings.out) / METRICS
+        self.tokens, self.begin, self.since = 0, time.perf_counter(), time.perf_counter()
+        self.board = tensorboard(settings.out) if settings.tensorboard else None
+        with warned(f"cannot write {self.path}"):
+            keep_metrics(self.path, start)
+
+    def after(self, number, result, tokens, epoch, now=False):
+        """Step `number` with its result (loss, norm), of so many tokens. Returns how many steps were skipped,
+        or None if it says nothing; now: it does in any case."""
+        self.tokens += tokens
+        if not (now or number % self.every == 0 or number == self.steps):
+            return None
+        (loss, norm), optimizer = result, self.step.optimizer
+        took = time.perf_counter() - self.since
+        record = {
+            "step": number, "loss": loss.item(), "lr": optimizer.lr, "grad_norm": norm.item(),
+            "moved": optimizer.moved(), "tokens_per_second": self.tokens / took,
+            "peak_memory_gib": self.memory.peak() / GIB, "skipped": self.step.skipped.item(), "epoch": epoch,
+        }  # fmt: skip
+        if self.rate:
+            record["matrix_share"] = record["tokens_per_second"] * work(self.step.model) / self.rate
+        if number == self.steps:  # it takes a pass through all moments
+            record["floored"] = optimizer.floored()
+        optimizer.reset_moved()
+        self._write(record)
+        left = (time.perf_counter() - self.begin) / (number - self.start) * (self.steps - number)
+        print(
+            f"step    {number}/{self.steps}  epoch {epoch:.2f}  loss {record['loss']:.4f}  "
+            f"lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}  moved {record['moved']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
+            + (f"  {record['matrix_share']:.0%} of {self.rate / 1e12:.0f} TFLOP/s" if self.rate else "")
+            + (f"  floored {record['floored']:.2%}" if record.get("floored", 0) > 1e-4 else "")
+            + (f"  skipped {record['skipped']} (not finite)" if record["skipped"] else "")
+            + (f"  {duration(left)} left" if left > 2 else ""),
+            flush=True,
+        )
+        self.tokens, self.since = 0, time.perf_counter()
+        return record["skipped"]
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What is not training: it does not count as time of a step."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def held_out(self, number, loss, best):
+        """The loss on the held-out data after a step; best: whether it is the least so far."""
+        line = f"held    {number}/{self.steps}  loss {loss:.4f}  perplexity {perplexity(loss):.2f}"
+        print(line + ("   the best so far" if best else ""), flush=True)
+        self._write({"step": number, "held_out_loss": loss, "held_out_perplexity": perplexity(loss)})
+
+    def _write(self, record):
+        valid = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+        with warned(f"cannot write {self.path}"), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(valid) + "\n")
+        if self.board:
+            for name, value in record.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, record["step"])
+            self.board.flush()
+
+
+def perplexity(loss):
+    return math.exp(min(loss, 700))
+
+
+def tensorboard(out):
+    """A writer of TensorBoard's files in `out`; ValueError if the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(Path(out) / "tensorboard")
+
+
+def matrix_rate(device):
+    """Operations a second of a large product in bf16, measured; None but on a CUDA that has it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    size, times = 4096, 16
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    a @ b
+    begin.record()
+    for _ in range(times):
+        a @ b
+    end.record()
+    torch.cuda.synchronize(device)
+    return times * 2 * size**3 / (begin.elapsed_time(end) / 1e3)
+
+
+def work(model):
+    """Operations of matrix products for a token: 2 a weight forward, 4 backward, 2 where a layer is computed
+    again. Attention's own are left out; they are few but for long conversations."""
+    layers = [layer.weight.numel() for layer in model.linears()[:-1]]
+    again = 0
+    if model.model.activation_checkpointing:
+        again = 1 - model.model.keep_activations / len(model.model.layers)
+    return (6 + 2 * again) * sum(layers) + 6 * model.lm_head.weight.numel()
+
+
+def report_memory(path, memory, step):
+    """Write and print where the memory went."""
+    roles = {
+        "weights": sum(bytes_of(p) for p in step.model.parameters()),
+        "moments": step.optimizer.nbytes(),
+        "gradients": step.gradient_bytes,
+        "activations": max(0, memory.phases["forward"]["peak"] - memory.phases["forward"]["before"]),
+    }
+    report = {
+        "device": str(memory.device),
+        "limit_gib": memory.limit_gib,
+        "phases": memory.phases,
+        "roles": roles,
+    }
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"memory  {'GiB by phase':12}{'at its end':>12}{'at most':>12}")
+    for name, phase in memory.phases.items():
+        print(f"memory  {name:12}{phase['allocated'] / GIB:12.3f}{phase['peak'] / GIB:12.3f}")
+    print(
+        "memory  at most, by role: " + ", ".join(f"{name} {size / GIB:.3f}" for name, size in roles.items())
+    )
+    print(f"saved   {path}")
