@@ -264,7 +264,7 @@ def find_start(settings):
                 f"{getattr(old, name) or 'the default'}; that cannot change when a run resumes"
             )
     old = replace(old, lr=default_rate(old.lr, source))
-    print(f"resume  {source}")
+    print(f"resume  {source}, from step {record.get('step')}")
     # A file does not say where this run writes: it may be a copy, or somebody else's.
     here = {"out": settings.out if "out" in given(settings) or not settings.resume else str(source.parent)}
     here |= {name: None for name in ("output_dat", "memory_report")}

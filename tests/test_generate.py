@@ -64,6 +64,17 @@ def test_a_conversation_has_a_history(monkeypatch, capsys):
     assert contents == [["Be kind.", "你好"], ["Be kind.", "你好", out[0], "謝謝"], ["Be kind.", "再見"]]
 
 
+def test_a_hybrid_model_may_be_asked_not_to_think(monkeypatch, capsys):
+    prompts, prompt = [], minifp4.chat.Tokenizer.prompt
+    monkeypatch.setattr(
+        minifp4.chat.Tokenizer, "prompt",
+        lambda self, *given, **how: prompts.append(how["thinking"]) or prompt(self, *given, **how),
+    )  # fmt: skip
+    ask("--no-thinking", "你好", capsys=capsys)
+    ask("你好", capsys=capsys)
+    assert prompts == [False, True]
+
+
 def test_draws_can_be_repeated(capsys):
     words = ("--temperature", "3", "--top-k", "50", "--top-p", "0.99", "--max-new-tokens", "20", "你好")
     texts = [ask("--seed", str(seed), *words, capsys=capsys)[0] for seed in (1, 1, 2)]

@@ -15,9 +15,11 @@ The official Rust library reads what is written here, and the other way round (`
 
 import json
 import math
+from pathlib import Path
 
 import torch
 
+from ..progress import watched
 from .atomic import TensorFile, replacing, write_tensor
 
 HEADER_MAX = 100_000_000  # bytes; the official limit
@@ -99,7 +101,7 @@ def _entry(entry, where):
 
 def write(path, tensors, metadata=None):
     """Write {name: tensor} to `path`, largest items first and then by name; complete or not at all."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    path, order = Path(path), sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name in order:
         size = tensors[name].numel() * tensors[name].element_size()
@@ -110,5 +112,5 @@ def write(path, tensors, metadata=None):
     text += b" " * (-len(text) % 8)
     with replacing(path) as aside, open(aside, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        for name in watched(order, f"writing {path.name}"):
             write_tensor(file, tensors[name])
