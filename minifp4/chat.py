@@ -94,8 +94,7 @@ class Tokenizer:
     def examples(self, record, length):
         """[(ids, labels)] of a record of `data.read_records`; texts in pieces of `length` tokens."""
         if "messages" in record:
-            if record.get("tools") and not self.template.tools:
-                raise ValueError('"tools": the chat template of this model knows none')
+            self.template.check(record["messages"], record.get("tools"))
             contexts = self.template.contexts(record["messages"])
             made = [self.example(context, record.get("tools")) for context in contexts]
             return [one for one in made if set(one[1]) != {IGNORE}]

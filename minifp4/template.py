@@ -91,6 +91,14 @@ class Template:
             body += f'{gap}<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>'
         return head, body
 
+    def check(self, messages, tools=None):
+        """Raise ValueError for what the model's own template would leave out, in silence."""
+        calls = tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if calls and not self.tools:
+            raise ValueError('"tools" and "tool_calls": the chat template of this model knows none')
+        if not self.thinks and any(message.get("reasoning_content") for message in messages):
+            raise ValueError('"reasoning_content": the chat template of this model has no thoughts')
+
     def prompt_end(self, thinking=True):
         """What a server puts after "assistant\\n" for the model to go on from."""
         if self.opens:

@@ -556,7 +556,8 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, '"tool_calls" must be a list of'),
         ({"messages": [USER | {"reasoning_content": "c"}, ANSWER]}, "are the assistant's"),
         ({"messages": [USER, ANSWER], "tools": "ls"}, '"tools" must be a list of objects'),
-        ({"messages": [USER, ANSWER], "tools": [{}]}, '"tools": the chat template of this model knows none'),
+        ({"messages": [USER, ANSWER], "tools": [{}]}, "the chat template of this model knows none"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "c"}]}, "template of this model has no thoughts"),
         ({"messages": [USER | {"content": "half \ud83d"}, ANSWER]}, "not a text that can be written as"),
         ({"messages": [USER | {"content": None}, ANSWER]}, "that is a text and not empty"),
         ({"messages": [USER | {"content": [{}]}, ANSWER]}, '"content" in parts must be of texts alone'),
@@ -565,8 +566,8 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"instruction": "a", "output": "b"}, "another layout.*jq -c"),
         ({"text": " "}, "expected"),
     ],
-    ids=["weight 0", "weight", "tool_calls", "reasoning_content", "tools", "template", "surrogate", "null",
-         "parts", "nested", "ShareGPT", "Alpaca", "empty"],
+    ids=["weight 0", "weight", "tool_calls", "reasoning_content", "tools", "template", "thoughts",
+         "surrogate", "null", "parts", "nested", "ShareGPT", "Alpaca", "empty"],
 )  # fmt: skip
 def test_lines_that_are_not_understood_are_refused(tmp_path, line, message):
     path = tmp_path / "data.jsonl"

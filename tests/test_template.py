@@ -108,7 +108,8 @@ def test_what_is_learned_is_what_the_model_says(both):
     """Read these by eye: each answer as a server would ask for it, its thoughts included."""
     instruct, hybrid, thinking = (both(kind)[0] for kind in ("instruct", "hybrid", "thinking"))
     two = [USER, ANSWER, AGAIN, THOUGHT]
-    assert learned(instruct, two) == [["2<|im_end|>", "Yes.<|im_end|>"]]
+    yes = {"role": "assistant", "content": "Yes."}
+    assert learned(instruct, [USER, ANSWER, AGAIN, yes]) == [["2<|im_end|>", "Yes.<|im_end|>"]]
     block = "<think>\n\n</think>\n\n2<|im_end|>"
     assert learned(hybrid, two) == [[block], ["<think>\nOne and one.\n</think>\n\nYes.<|im_end|>"]]
     assert learned(thinking, two) == [
