@@ -78,13 +78,22 @@ def find_checkpoint(path, best):
     if best:
         if not (Path(path) / checkpoint.BEST / "train.json").is_file():
             raise FileNotFoundError(f"{path} holds no {checkpoint.BEST}: train with --eval-data")
-        return Path(path) / checkpoint.BEST
+        return best_of(Path(path))
     try:
         return checkpoint.model_directory(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}: train first (python train.py), or name one with --checkpoint DIR"
         ) from None
+
+
+def best_of(out):
+    """The best checkpoint in `out`, if it is of the run that wrote the newest."""
+    best, newest = out / checkpoint.BEST, checkpoint.model_directory(out)
+    runs = [checkpoint.read_json(place / "train.json").get("run") for place in (best, newest)]
+    if runs[0] != runs[1]:
+        raise ValueError(f"{best} is of an earlier run than {newest}, which held nothing out")
+    return best
 
 
 def export_directory(model, tokenizer, record, layout, path, settings):

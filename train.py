@@ -9,6 +9,7 @@ with AdamW. `python train.py --help` lists the settings; they are the fields of 
 """
 
 import hashlib
+import importlib.util
 import math
 import secrets
 import shlex
@@ -142,7 +143,7 @@ def main(settings):
     record = {"trained": list(optimizer.parameters), "settings": asdict(replace(asked, steps=settings.steps)),
               "data": digest(settings), "run": before.get("run") or secrets.token_hex(8),
               "command": shlex.join(["python", *sys.argv])}  # fmt: skip
-    save = Saver(settings, step, tokenizer, record, memory, heldout.Best(**before.get("best", {})))
+    save = Saver(settings, step, tokenizer, record, memory, heldout.best_so_far(settings.out, record["run"], before))
     with only_user(Path(settings.out)), compiler_failures_named():
         prompts = test_prompts(settings, tokenizer, data)
         with memory.phase("answer"):
@@ -301,6 +302,8 @@ def check_together(settings, device):
     for name in ("eval_every", "patience"):
         if getattr(settings, name) and not (settings.eval_data or settings.eval_share):
             raise ValueError(f"{spellings(name)[0]} needs --eval-data or --eval-share")
+    if settings.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if settings.finer_ends and settings.master_dtype != "nvfp4":
         raise ValueError(f"--finer-ends is for --master-dtype nvfp4, not {settings.master_dtype}")
     if settings.step_in_backward and settings.grad_accum > 1:
@@ -460,7 +463,8 @@ def train(step, batches, held, settings, start, save, watch):
     if settings.compile:
         print("note    the first step compiles, a minute or so; --no-compile does without", flush=True)
     if held and not start:
-        watch.held_out(0, held.loss(), False)
+        with save.memory.phase("evaluate"):
+            watch.held_out(0, held.loss(), False)
     with stopping() as stop:
         for number in range(start, settings.steps):
             parts = range(number * settings.grad_accum, (number + 1) * settings.grad_accum)
@@ -470,9 +474,13 @@ def train(step, batches, held, settings, start, save, watch):
             skipped = watch.after(done, result, tokens, batches.passed(parts.stop), now=stop.signal)
             if skipped == done - start and (skipped >= HOPELESS or done == settings.steps):
                 raise ValueError(f"all {skipped} steps were skipped: the loss or the gradient is not finite")
+            if stop.signal and done < settings.steps:
+                print(f"saved   {save(done)}; --resume goes on from there")
+                sys.exit(128 + stop.signal)
             if held and (done % every == 0 or done == settings.steps):
                 with watch.paused():
-                    loss = held.loss()
+                    with save.memory.phase("evaluate"):
+                        loss = held.loss()
                     better = best.take(loss, done)
                     watch.held_out(done, loss, better)
                     if better:
@@ -483,9 +491,6 @@ def train(step, batches, held, settings, start, save, watch):
             if settings.save_every and done % settings.save_every == 0:
                 with watch.paused():
                     save(done)
-            if stop.signal and done < settings.steps:
-                print(f"saved   {save(done)}; --resume goes on from there")
-                sys.exit(128 + stop.signal)
     return settings.steps
 
 
@@ -555,9 +560,7 @@ def ask(when, model, tokenizer, prompts, settings, data, before=None):
     how = {"max_new_tokens": settings.test_max_tokens, "thinking": data.thinks}
     how["tools"] = data.first[1] if data.first else None
     with torch.compiler.set_stance("force_eager"):  # else every length of text would be compiled for itself
-        answers = [
-            minifp4.generate(model, tokenizer, asked, **how) for _, asked in prompts
-        ]
+        answers = [minifp4.generate(model, tokenizer, asked, **how) for _, asked in prompts]
     for (prompt, _), answer, old in zip(prompts, answers, before or [None] * len(prompts)):
         prompt, shown = prompt.replace("\n", "\\n"), answer.replace("\n", "\\n")
         print(f"{when:8}{prompt} → {shown}" + ("   (as before)" if answer == old else ""), flush=True)

@@ -42,16 +42,13 @@ class Data(NamedTuple):
     first: tuple | None  # (messages before the first answer, tools) of the first conversation, if it has any
 
 
-def read(path, tokenizer, seq_len, drop_long=False, wanted=None):
+def read(path, tokenizer, seq_len, drop_long=False, records=None):
     """The `Data` in `path`. Longer examples are cut to `seq_len` tokens, texts divided into so many.
 
-    wanted: a function of a record that says whether it counts. ValueError names the line.
+    records: those of `path` that count; None: all. ValueError names the line.
     """
     examples, cut, lost, dropped, count, too_long, with_thoughts, first = [], 0, 0, 0, 0, [], False, None
-    records = read_records(path)
-    for line, record in watched(records, "tokenizing"):
-        if wanted is not None and not wanted(record):
-            continue
+    for line, record in watched(read_records(path) if records is None else records, "tokenizing"):
         try:
             made = tokenizer.examples(record, seq_len)
         except ValueError as error:

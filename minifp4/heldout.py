@@ -5,11 +5,14 @@ data never trains. Which is decided by its content: the same conversation always
 however the file is ordered, and of two equal ones not one trains while the other examines.
 """
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .data import fingerprint, read, read_records
+from .files import checkpoint
 from .loss import IGNORE
 from .rows import Rows
 
@@ -17,25 +20,25 @@ from .rows import Rows
 def split(settings, tokenizer):
     """(the `Data` that trains, the `Data` that is held out or None) as `settings` say."""
     how = (tokenizer, settings.seq_len, settings.drop_long)
-    path, share = settings.train_data, settings.eval_share
-    if settings.eval_data:
-        held = read(settings.eval_data, *how)
-        known = {fingerprint(record) for _, record in read_records(path)}
-        shared = sum(fingerprint(record) in known for _, record in read_records(settings.eval_data))
+    path, share, other = settings.train_data, settings.eval_share, settings.eval_data
+    records, held = read_records(path), []
+    if other:
+        held, known = read_records(other), {fingerprint(record) for _, record in records}
+        shared = sum(fingerprint(record) in known for _, record in held)
         if shared:
             raise ValueError(
-                f"--eval-data {settings.eval_data} shares {shared} of {held.records} with --train-data "
-                f"{path}: what trains cannot examine"
+                f"--eval-data {other} shares {shared} of {len(held)} with --train-data {path}: what trains "
+                "cannot examine"
             )
-        return read(path, *how), held
-    if not share:
-        return read(path, *how), None
-    kept = sum(fingerprint(record) < share for _, record in read_records(path))
-    total = len(read_records(path))
-    if not 0 < kept < total:
-        raise ValueError(f"--eval-share {share:g} of {total} leaves {'nothing to learn' if kept else 'none'}")
-    parts = (lambda record: fingerprint(record) >= share, lambda record: fingerprint(record) < share)
-    return tuple(read(path, *how, wanted=part) for part in parts)
+    elif share:
+        marks = [fingerprint(record) < share for _, record in records]
+        held = [one for one, mark in zip(records, marks) if mark]
+        trains = [one for one, mark in zip(records, marks) if not mark]
+        if not held or not trains:
+            what = "nothing to learn" if held else "none"
+            raise ValueError(f"--eval-share {share:g} of {len(records)} leaves {what}")
+        records = trains
+    return read(path, *how, records), read(other or path, *how, held) if held else None
 
 
 class HeldOut:
@@ -71,8 +74,22 @@ class Best:
 
     def take(self, loss, step):
         """Whether `loss` is the least so far."""
-        better = self.loss is None or loss < self.loss
+        better = math.isfinite(loss) and (self.loss is None or loss < self.loss)
         self.since = 0 if better else self.since + 1
         if better:
             self.loss, self.step = loss, step
         return better
+
+
+def best_so_far(out, run, before):
+    """The `Best` of a run that goes on, from its checkpoint of that name in `out`; a new one if there is none
+    or it is another run's. before: the train.json of the checkpoint from which it goes on, or {}."""
+    path = Path(out) / checkpoint.BEST / "train.json"
+    record = checkpoint.read_json(path) if path.is_file() else {}
+    if record.get("run") != run:
+        return Best()
+    found = record.get("best")
+    if not isinstance(found, dict) or not isinstance(found.get("loss"), float):
+        raise ValueError(f'{path}: "best" must have the loss and the step')
+    since = (before.get("best") or {}).get("since")
+    return Best(found["loss"], checkpoint.number_in(found, "step", path), since if type(since) is int else 0)

@@ -1,4 +1,4 @@
-"""Where memory goes: by phase of a run (load, answer, forward, backward, step, save), and by role.
+"""Where memory goes: by phase of a run (load, answer, forward, backward, step, evaluate, save), and by role.
 
 On a GPU the numbers are the allocator's: tensors that exist, and the most that existed at once. On a CPU they
 are the process's, interpreter and libraries included; `roles` counts the tensors alone in both cases.
@@ -22,6 +22,7 @@ ADVICE = {  # what lowers the peak of a phase
     "forward": ("--activation-checkpointing", *BATCH, "--no-cuda-graph"),  # a recorded step keeps memory
     "backward": ("--step-in-backward", "--activation-checkpointing", *BATCH, "--no-cuda-graph"),
     "step": ("--step-in-backward", "--step-chunk-rows", *KINDS),
+    "evaluate": BATCH[1:],
     "save": ("closing other programs",),
 }
 

@@ -127,11 +127,9 @@ def perplexity(loss):
 
 
 def tensorboard(out):
-    """A writer of TensorBoard's files in `out`; ValueError if the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    """A writer of TensorBoard's files in `out`."""
+    from torch.utils.tensorboard import SummaryWriter  # here, because few have the package
+
     return SummaryWriter(Path(out) / "tensorboard")
 
 

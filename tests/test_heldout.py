@@ -98,6 +98,21 @@ def test_a_resumed_run_remembers_the_best(settings, tmp_path):
     assert record["best"]["step"] == 1 and record["best"]["since"] == 3  # all are equal
 
 
+def test_the_best_of_an_earlier_run_is_not_taken(settings, tmp_path):
+    train(**settings, eval_share=0.3)
+    train(**settings | {"steps": 7})  # another run, into the same directory
+    with pytest.raises(ValueError, match="best is of an earlier run than .*step-000007"):
+        export(checkpoint=settings["out"], best=True)
+    path = tmp_path / "out" / "best" / "train.json"
+    record = json.loads(path.read_text()) | {"best": {"los": 1}}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match='train.json: "best" must have the loss and the step'):
+        heldout.best_so_far(settings["out"], record["run"], {})
+    assert heldout.best_so_far(settings["out"], "another", {}) == heldout.Best()
+    best = heldout.Best()
+    assert not best.take(float("nan"), 1) and best.take(2.0, 2) and not best.take(2.0, 3) and best.since == 1
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
