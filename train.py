@@ -13,6 +13,7 @@ import importlib.util
 import math
 import secrets
 import shlex
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,8 +29,8 @@ from minifp4.cli import (
     stopping,
 )  # fmt: skip
 from minifp4.files import checkpoint
-from minifp4.files.atomic import only_user, remove
-from minifp4.memory import Memory
+from minifp4.files.atomic import check_replaceable, only_user, remove
+from minifp4.memory import GIB, Memory
 from minifp4.packed import bytes_of
 from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
@@ -143,11 +144,13 @@ def main(settings):
     record = {"trained": list(optimizer.parameters), "settings": asdict(replace(asked, steps=settings.steps)),
               "data": digest(settings), "run": before.get("run") or secrets.token_hex(8),
               "command": shlex.join(["python", *sys.argv])}  # fmt: skip
-    save = Saver(settings, step, tokenizer, record, memory, heldout.best_so_far(settings.out, record["run"], before))
+    best = heldout.best_so_far(settings.out, record["run"], before)
+    save = Saver(settings, step, tokenizer, record, memory, best)
     with only_user(Path(settings.out)), compiler_failures_named():
         prompts = test_prompts(settings, tokenizer, data)
         with memory.phase("answer"):
             answers = ask("before", model, tokenizer, prompts, settings, data)
+        save.check(start, settings.steps, held)
         watch = Watch(settings, step, memory, start, rate)
         end = train(step, batches, held, settings, start, save, watch)
         step.close()
@@ -243,6 +246,20 @@ class Saver:
                     remove(old)
         return self.written[number, name]
 
+    def check(self, start, steps, held):
+        """Raise an error now, not after hours, if something of the user's has a name that will be needed, or
+        the disk is full."""
+        every = self.settings.save_every
+        numbers = {steps, *(range(start + every - start % every, steps, every) if every else ())}
+        names = [checkpoint.name_of(number) for number in sorted(numbers)] + [checkpoint.BEST] * bool(held)
+        for name in names:
+            check_replaceable(Path(self.settings.out) / name, mark="train.json")
+        size = self.step.optimizer.nbytes() + sum(bytes_of(p) for p in self.step.model.parameters())
+        free = shutil.disk_usage(self.settings.out).free
+        if size > free:
+            sizes = f"a checkpoint takes {size / GIB:.2f} GiB, only {free / GIB:.2f} are free"
+            raise ValueError(f"{self.settings.out}: {sizes}; choose another --out")
+
     def _own(self):
         """The checkpoints of this run, also those that it wrote before it was resumed, oldest first."""
         found, mine = checkpoint.checkpoints(self.settings.out), self.record["run"]
@@ -299,6 +316,8 @@ def check_together(settings, device):
         path = getattr(settings, name) and Path(getattr(settings, name))
         if path and not path.parent.is_dir():
             raise FileNotFoundError(f"{spellings(name)[0]} {path}: there is no directory {path.parent}")
+        if path and path.is_dir():
+            raise IsADirectoryError(f"{spellings(name)[0]} {path} is a directory, not a file")
     for name in ("eval_every", "patience"):
         if getattr(settings, name) and not (settings.eval_data or settings.eval_share):
             raise ValueError(f"{spellings(name)[0]} needs --eval-data or --eval-share")

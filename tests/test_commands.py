@@ -283,6 +283,7 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         (["train.py", "--train-data", "nothing.tsv"], "nothing.tsv"),
         (["train.py", "--train-data", "bad.tsv"], "bad.tsv, line 2: expected prompt<TAB>target"),
         (["train.py", "--train-data", "."], ". is a directory, not a file"),
+        (["train.py", "--output-dat", "."], "--output-dat . is a directory, not a file"),
         (["train.py", "--output-dat", "no/a.dat"], "--output-dat no/a.dat: there is no directory no"),
         (["train.py", "--memory-report", "no/a.json"], "--memory-report no/a.json: there is no directory no"),
         (["train.py", "--seq-len", "6"], "--seq-len 6 leaves no room for an answer"),

@@ -105,6 +105,30 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, settings):
         export(checkpoint=str(path), format=["hf"], out=str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["step-000002", "step-000001", "best"])
+def test_a_name_that_is_taken_is_told_before_training(tmp_path, settings, name, capsys):
+    """Not when the work of hours is to be saved."""
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "mine").write_text("x")
+    with pytest.raises(OSError, match=f"{name}: the directory there is not one of minifp4's"):
+        train(**settings, save_every=1, eval_share=0.5)
+    assert "step    1/2" not in capsys.readouterr().out
+    assert (tmp_path / "out" / name / "mine").read_text() == "x"
+
+
+def test_an_out_that_is_a_file_is_told_so(tmp_path, settings):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(OSError, match="out is no directory; choose another --out"):
+        train(**settings)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(settings, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(ValueError, match=r"out: a checkpoint takes 0.00 GiB, only 0.00 are free"):
+        train(**settings)
+    assert "step    1/2" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_a_link_is_followed(tmp_path, settings):
     (tmp_path / "elsewhere").mkdir()

@@ -62,7 +62,7 @@ def replacing(path, mark=None):
     mark: a file in every directory that we write; one that has none is somebody else's, and refused.
     """
     path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
-    _check_replaceable(path, mark)
+    check_replaceable(path, mark)
     aside = _beside(path, "new")
     remove(aside)
     try:
@@ -82,7 +82,9 @@ def replacing(path, mark=None):
         remove(aside)
 
 
-def _check_replaceable(path, mark):
+def check_replaceable(path, mark=None):
+    """Raise `NotWritten` if something is at `path` that `replacing` would refuse to replace."""
+    path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise NotWritten(path, "it is neither a file nor a directory")
     if path.is_dir() and any(path.iterdir()) and not (mark and (path / mark).is_file()):
@@ -177,7 +179,10 @@ def tidy(directory):
 def only_user(directory):
     """Make `directory` and hold a lock on it; ValueError if another process does. Ends with the process,
     however."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{directory} is no directory; choose another --out") from None
     with open(directory / ".lock", "a+b") as file:
         try:
             _lock(file)

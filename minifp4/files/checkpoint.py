@@ -275,13 +275,18 @@ def _some(names):
     return f"{len(names)} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})" if names else "none"
 
 
+def name_of(step):
+    """Of the directory of a checkpoint."""
+    return f"step-{step:06d}"
+
+
 def save(out, model, tokenizer, optimizer, record, name=None):
     """Write the checkpoint `out`/step-NNNNNN (record["step"]), or `out`/`name`; returns its path; it appears
     whole or not at all.
 
     record: what train.json says beside the optimizer's steps: "step", "trained" (names), "settings".
     """
-    directory = Path(out) / (name or f"step-{record['step']:06d}")
+    directory = Path(out) / (name or name_of(record["step"]))
     tensors = {}
     for name, p in model.named_parameters():
         tensors |= stored_tensors(model, name, p)
