@@ -23,14 +23,14 @@ import torch
 
 import minifp4
 from minifp4 import data as reading
-from minifp4 import heldout, masters, rows, vocabulary
+from minifp4 import heldout, masters, needs, rows, vocabulary
 from minifp4.cli import (
     check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
     stopping,
 )  # fmt: skip
 from minifp4.files import checkpoint
 from minifp4.files.atomic import check_replaceable, only_user, remove
-from minifp4.memory import GIB, Memory
+from minifp4.memory import Memory
 from minifp4.packed import bytes_of
 from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
@@ -127,6 +127,7 @@ def main(settings):
     asked, settings = settings, replace_unset(settings, device)
     memory = Memory(device, settings.memory_limit_gb, in_use(settings))
     with memory.phase("load"):
+        check_memory(settings, source, device)
         rate = matrix_rate(device)
         model, tokenizer = prepare_model(settings, source, device)
         counts = choose_weights(model, settings, source, device)
@@ -171,6 +172,16 @@ def main(settings):
     return path
 
 
+def check_memory(settings, source, device):
+    """Raise a Shortage, before anything is loaded, if the model cannot fit."""
+    directory = source or Path(settings.model)
+    config = checkpoint.read_config(checkpoint.model_directory(directory))
+    config.tie_word_embeddings &= not settings.untie
+    there = needs.available(device, settings.memory_limit_gb)
+    gradient = FLOATS.get(settings.compute_dtype, masters.default_compute_dtype(device)).itemsize
+    needs.check(config, needs.PACKED, gradient, there, **asdict(settings))
+
+
 def in_use(settings):
     """What `memory.ADVICE` need not say, because it is done already."""
     done = {
@@ -205,7 +216,8 @@ def make_rows(data, settings, tokenizer):
             mode=settings.sample_mode, seed=settings.seed, multiple=64 if settings.cuda_graph else 1,
         )  # fmt: skip
     except ValueError as error:
-        raise ValueError(f"{settings.train_data}: {error}: --batch-tokens or --seq-len") from None
+        advice = "give a larger --batch-tokens or a smaller --seq-len"
+        raise ValueError(f"{settings.train_data}: {error}; {advice}") from None
 
 
 def step_of(source):
@@ -257,7 +269,7 @@ class Saver:
         size = self.step.optimizer.nbytes() + sum(bytes_of(p) for p in self.step.model.parameters())
         free = shutil.disk_usage(self.settings.out).free
         if size > free:
-            sizes = f"a checkpoint takes {size / GIB:.2f} GiB, only {free / GIB:.2f} are free"
+            sizes = f"a checkpoint takes {size / 2**20:,.1f} MiB, only {free / 2**20:,.1f} are free"
             raise ValueError(f"{self.settings.out}: {sizes}; choose another --out")
 
     def _own(self):
@@ -542,7 +554,7 @@ def describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
     )
     if data.first:
         print(f"format  {tokenizer.template}")
-    kind = "conversations" if data.first else "texts"
+    kind = ("conversation" if data.first else "text") + "s" * (data.records > 1)
     tokens = sum(len(ids) for ids, _ in data.examples)
     size = f"{settings.batch_size} x {settings.grad_accum} a step"
     if batches.size:

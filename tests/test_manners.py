@@ -124,7 +124,7 @@ def test_an_out_that_is_a_file_is_told_so(tmp_path, settings):
 
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(settings, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(ValueError, match=r"out: a checkpoint takes 0.00 GiB, only 0.00 are free"):
+    with pytest.raises(ValueError, match=r"out: a checkpoint takes 0.\d MiB, only 0.0 are free"):
         train(**settings)
     assert "step    1/2" not in capsys.readouterr().out
 
