@@ -139,7 +139,7 @@ def main(settings):
         before = checkpoint.read_moments(source, optimizer) if source else {}
         step = make_step(model, optimizer, settings, memory)
         if held:
-            size = settings.batch_tokens or max(4096, settings.seq_len)
+            size = settings.batch_tokens or 4096
             held = heldout.HeldOut(model, held, tokenizer.end_of_text, size, settings.loss)
     describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
     record = {"trained": list(optimizer.parameters), "settings": asdict(replace(asked, steps=settings.steps)),

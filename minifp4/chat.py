@@ -103,7 +103,8 @@ class Tokenizer:
             answer = [*self.encode(record["completion"]), self.end_of_text]
             return [(prompt + answer, [IGNORE] * len(prompt) + answer)]
         ids = [*self.encode(record["text"]), self.end_of_text]
-        return [(ids[at : at + length],) * 2 for at in range(0, len(ids), length)]
+        pieces = (ids[at : at + length] for at in range(0, len(ids), length))
+        return [(piece, piece) for piece in pieces if len(piece) > 1]  # a lone token foretells nothing
 
 
 def sample(examples, step, *, batch_size, seed=0, mode="random", rank=0, ranks=1):

@@ -42,12 +42,13 @@ def split(settings, tokenizer):
 
 
 class HeldOut:
-    """`loss()`: the mean over all learned tokens of some `Data`, in packed rows of `size` tokens."""
+    """`loss()`: the mean over all learned tokens of some `Data`, in packed rows of `size` tokens, or as long
+    as the longest example."""
 
     def __init__(self, model, data, pad, size, kind):
-        examples, records = data.examples, data.records
-        self.model, self.kind, self.device = model, kind, model.device
-        self.records, self.rows = records, Rows(examples, pad, size=size, mode="sequential")
+        self.model, self.kind, self.device, self.records = model, kind, model.device, data.records
+        size = max(size, *(len(ids) for ids, _ in data.examples))
+        self.rows = Rows(data.examples, pad, size=size, mode="sequential")
 
     def tokens(self):
         return sum(len(ids) for ids, _ in self.rows.examples)
@@ -61,7 +62,7 @@ class HeldOut:
             if count:
                 loss = self.model.loss(ids, labels, self.kind, select=False, spans=spans).item()
                 total, counted = total + loss * count, counted + count
-        return total / counted
+        return total / counted if counted else math.nan
 
 
 @dataclass
@@ -91,5 +92,6 @@ def best_so_far(out, run, before):
     found = record.get("best")
     if not isinstance(found, dict) or not isinstance(found.get("loss"), float):
         raise ValueError(f'{path}: "best" must have the loss and the step')
-    since = (before.get("best") or {}).get("since")
+    older = before.get("best")
+    since = older.get("since") if isinstance(older, dict) else 0
     return Best(found["loss"], checkpoint.number_in(found, "step", path), since if type(since) is int else 0)

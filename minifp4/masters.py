@@ -114,6 +114,7 @@ def set_masters(model, kind, device=None, finer_ends=False):
             _replace(model, name, value)
     for name, p in left.items():  # norms
         _replace(model, name, p.to(device))
+    read_ends(model, [name for name, p in model.named_parameters() if p.requires_grad])
     model.set_compute_dtype(model.model.compute_dtype)
 
 

@@ -151,7 +151,11 @@ def test_texts_and_completions(tmp_path):
     *texts, pair, chatted = found.examples
     whole = [number for ids, _ in texts for number in ids]
     assert whole == [*tokenizer.encode("天" * 40), tokenizer.end_of_text]
-    assert all(ids == labels and len(ids) <= 24 for ids, labels in texts) and found.lost == 0
+    assert all(ids == labels and 1 < len(ids) <= 24 for ids, labels in texts) and found.lost == 0
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "天"}))
+    length = len(tokenizer.encode("天"))
+    [(ids, _)] = data.read(tmp_path / "b.jsonl", tokenizer, max(2, length)).examples  # the end would be alone
+    assert ids == tokenizer.encode("天") + [tokenizer.end_of_text] * (length == 1)
     prompt = tokenizer.encode("a: ")
     assert pair[0] == [*prompt, *tokenizer.encode("b"), tokenizer.end_of_text]
     assert pair[1] == [IGNORE] * len(prompt) + pair[0][len(prompt) :]
