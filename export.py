@@ -120,12 +120,12 @@ def export_dat(model, record, path, input_dat, verified):
     A .dat has no room for a mark, so a file beside it has the digest of what was written; any other .dat
     under this name, such as the F# trainer's own, is refused.
     """
-    trained, mark = record.get("trained", []) if input_dat else [], path.with_name(f".{path.name}.minifp4")
+    mark = path.with_name(f".{path.name}.minifp4")
     ours = mark.read_text().split() if mark.is_file() else []
     if path.is_file() and digest(path) not in ours:
         raise ValueError(f"{path} was not written by export.py; move it or choose another --out")
     with replacing(path) as aside:
-        counts = checkpoint.write_dat(aside, model, input_dat, trained)
+        counts = checkpoint.write_dat(aside, model, input_dat, record.get("trained", ()))
         if verified and not input_dat:  # else `write_dat` has compared with the checkpoint and `input_dat`
             verify(dat.DatFile(aside), model, "dat", path)
         mark.write_text("\n".join([*ours[-1:], digest(aside), ""]))  # should this end now, either is there

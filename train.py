@@ -88,7 +88,9 @@ class Settings:
     keep_activations: int = cost(0, "with the flag above: keep all of the last N layers'", "N", least=0)
     compile: bool = cost(None, "join small operations (torch.compile); default: on CUDA, with Triton")
     cuda_graph: bool = cost(None, "record the steps of small batches and replay them; default: on CUDA")
-    memory_limit_gb: float = cost(None, "end with a message instead of using more (GiB)", "N", least=0.1)
+    memory_limit_gb: float = cost(
+        None, "end with a message instead of using more (GiB)", "N", least=0.1, below=1e6
+    )
     memory_report: str = cost(None, "write memory by phase and role to this JSON, and print it", "FILE")
     device: str = cost(None, "cpu, cuda, cuda:1, ...; default: cuda if there is one")
 
@@ -315,7 +317,8 @@ def settings_of(record, path):
         raise ValueError(f"{path}: unknown settings: {', '.join(unknown)}; was it made by a newer version?")
     for name, value in kept.items():
         right = (int, float) if known[name].type is float else known[name].type
-        if value is not None and not isinstance(value, right):
+        missing = value is None and known[name].default is not None
+        if missing or value is not None and not isinstance(value, right):
             raise ValueError(f"{path}: {name} must be {known[name].type.__name__}, got {value!r}")
     settings = Settings(**kept)
     check(settings)

@@ -293,6 +293,8 @@ def test_data_may_lie_elsewhere_when_a_run_goes_on(settings, tsv, tmp_path):
         (lambda r: r["settings"].update(of_tomorrow=1), "train.json: unknown settings: of_tomorrow"),
         (lambda r: r["settings"].update(batch_size="many"), "train.json: batch_size must be int, got 'many'"),
         (lambda r: r["settings"].update(beta2=1.5), "--beta2 must be at least 0.0 and below 0.9999999, got"),
+        (lambda r: r["settings"].update(train_embed=None), "train.json: train_embed must be bool, got None"),
+        (lambda r: r.update(trained=3), 'train.json: "trained" must be a list of names'),
         (lambda r: r.pop("settings"), 'train.json: the key "settings" is missing'),
         (lambda r: r.pop("optimizer_steps"), "train.json: 'optimizer_steps' must be a whole number"),
         (lambda r: r.update(step="3"), "train.json: 'step' must be a whole number, got '3'"),
@@ -305,6 +307,13 @@ def test_a_damaged_record_of_a_run_is_refused_by_key(settings, edit, message):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         train(resume="", out=settings["out"], steps=3)
+
+
+def test_a_stop_that_is_no_number_is_told_before_training(settings, model):
+    """It used to be noticed when the checkpoint was written."""
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, {}]}')
+    with pytest.raises(ValueError, match='generation_config.json: "eos_token_id" must be a number or some'):
+        train(**settings)
 
 
 def test_a_run_writes_where_it_is_told_not_where_its_file_says(settings, tmp_path):

@@ -76,9 +76,11 @@ def read_tokenizer(directory):
     for name in COMPANIONS:
         if (directory / name).is_file():
             tokenizer.companions[name] = (directory / name).read_bytes()
-    for name in SPOKEN:
-        if name in tokenizer.companions:
-            read_json(directory / name)  # says now if it is damaged
+    for name in SPOKEN:  # says now if it is damaged, not when the work of hours is to be saved
+        record = read_json(directory / name) if name in tokenizer.companions else {}
+        stops = as_list(record.get("eos_token_id"))
+        if not all(stop is None or type(stop) is int for stop in stops):
+            raise ValueError(f'{directory / name}: "eos_token_id" must be a number or some, got {stops}')
     tokenizer.template = Template(chat_template(tokenizer.companions))
     return tokenizer
 
@@ -208,8 +210,7 @@ def read_weights(model, files, device):
         set_weight(model, name, value)
         if isinstance(value, Packed) and (divisor := read_divisor(file, parts)):
             model.divisors[name] = divisor
-    trained = read_json(record).get("trained") if ours else None
-    read_ends(model, names=trained)
+    read_ends(model, trained_names(read_json(record), record) if ours else None)
 
 
 def find_weights(model, files):
@@ -336,6 +337,14 @@ def _from_format_1(qdata, more):
     place = (qdata >> 4 & 7) * PLACES + (more >> 4) - 1  # of odd columns, and with its new offset
     qdata = qdata & 0x8F | place // PLACES << 4
     return qdata, more & 0x0F | place % PLACES << 4
+
+
+def trained_names(record, path):
+    """The names of the weights that trained, of a train.json."""
+    names = record.get("trained", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}: "trained" must be a list of names')
+    return names
 
 
 def number_in(record, key, path):
