@@ -62,7 +62,7 @@ class Settings:
     untie: bool = which(False, "give a tied head a tensor of its own")
 
     steps: int = how(6, "optimizer steps", least=1)
-    epochs: float = how(None, "passes through the data, instead of --steps", least=1e-9)
+    epochs: float = how(None, "passes through the data, instead of --steps", least=1e-9, below=1e5)
     batch_size: int = how(None, "conversations in one forward pass; default: 16 but on CUDA", least=1)
     batch_tokens: int = how(None, "or as many as fit into so many tokens; default on CUDA: 4096", least=2)
     grad_accum: int = how(1, "forward and backward passes in one step", least=1)
