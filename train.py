@@ -36,6 +36,7 @@ from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
 from minifp4.watch import Watch, matrix_rate, report_memory, warned
 
+MANY = 2**20  # more of anything is a slip of the finger, or of another program
 HOPELESS = 10  # steps; if all of the first ones are skipped, so will be the others
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
 what, which, how, kept, cost, output = groups(
@@ -52,7 +53,7 @@ class Settings:
     eval_data: str = what(None, "held out: never trains, is asked how well it is foretold", "FILE")
     eval_share: float = what(0.0, "hold out so much of --train-data instead", least=0.0, below=1.0)
     sample_mode: str = what("random", "order of the conversations", choices=("random", "sequential"))
-    seq_len: int = what(256, "tokens of a conversation at most; longer answers are cut", least=2)
+    seq_len: int = what(256, "tokens of a conversation at most; longer answers are cut", least=2, most=MANY)
     drop_long: bool = what(False, "leave longer conversations out instead")
     seed: int = what(0, "of the sampling and the stochastic rounding", least=0)
 
@@ -61,11 +62,11 @@ class Settings:
     train_last_layers: int = which(0, "only the last N layers; 0: all, and the final norm", "N", least=0)
     untie: bool = which(False, "give a tied head a tensor of its own")
 
-    steps: int = how(6, "optimizer steps", least=1)
-    epochs: float = how(None, "passes through the data, instead of --steps", least=1e-9, below=1e5)
-    batch_size: int = how(None, "conversations in one forward pass; default: 16 but on CUDA", least=1)
-    batch_tokens: int = how(None, "or as many as fit into so many tokens; default on CUDA: 4096", least=2)
-    grad_accum: int = how(1, "forward and backward passes in one step", least=1)
+    steps: int = how(6, "optimizer steps", least=1, most=10**9)
+    epochs: float = how(None, "passes through the data, instead of --steps", least=1e-9, most=1e4)
+    batch_size: int = how(None, "conversations in a forward pass; 16, not on CUDA", least=1, most=MANY)
+    batch_tokens: int = how(None, "or all that fit into so many tokens; 4096 on CUDA", least=2, most=MANY)
+    grad_accum: int = how(1, "forward and backward passes in one step", least=1, most=MANY)
     lr: float = how(None, "default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0, below=1e3)
     warmup: int = how(0, "steps over which the learning rate rises to --lr", least=0)
     schedule: str = how("constant", "of the rate after the warm-up", choices=("constant", "cosine"))
@@ -89,7 +90,7 @@ class Settings:
     compile: bool = cost(None, "join small operations (torch.compile); default: on CUDA, with Triton")
     cuda_graph: bool = cost(None, "record the steps of small batches and replay them; default: on CUDA")
     memory_limit_gb: float = cost(
-        None, "end with a message instead of using more (GiB)", "N", least=0.1, below=1e6
+        None, "end with a message instead of using more (GiB)", "N", least=0.1, most=MANY
     )
     memory_report: str = cost(None, "write memory by phase and role to this JSON, and print it", "FILE")
     device: str = cost(None, "cpu, cuda, cuda:1, ...; default: cuda if there is one")
@@ -104,7 +105,7 @@ class Settings:
     patience: int = output(0, "end when so many evaluations were not better; 0: never", "N", least=0)
     tensorboard: bool = output(False, "write the same numbers for TensorBoard, into --out")
     test_prompt: list = output(None, "asked before and after (repeatable); default: from the data", "TEXT")
-    test_max_tokens: int = output(48, "tokens of an answer at most", "N", least=1)
+    test_max_tokens: int = output(48, "tokens of an answer at most", "N", least=1, most=MANY)
 
 
 # What may differ when a run goes on: nothing here changes what is computed (data is known by its content).

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-OWN = ("group", "least", "below", "positional")  # metadata that is not argparse's
+OWN = ("group", "least", "below", "most", "positional")  # metadata that is not argparse's
 
 
 def option(group, default, text, metavar=None, **more):
-    """A field that is also a flag. `more`: argparse's choices, nargs; `least` and `below` limit a number."""
+    """A field that is also a flag. `more`: argparse's choices, nargs; `least`, `below` and `most` limit a
+    number."""
     more |= {"metavar": metavar} if metavar else {}
     return field(default=default, metadata={"group": group, "help": text, **more})
 
@@ -89,6 +90,9 @@ def check(settings):
             limit = f"at least {least}" + (f" and below {below}" if below < math.inf else "")
             limit += ", and finite" if value == math.inf else ""
             raise ValueError(f"{spellings(setting.name)[0]} must be {limit}, got {value}")
+        most = setting.metadata.get("most", math.inf)
+        if isinstance(value, (int, float)) and value > most:
+            raise ValueError(f"{spellings(setting.name)[0]} must be at most {most:,}, got {value}")
         if (
             choices
             and value is not None

@@ -297,6 +297,7 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         (["train.py", "--device", "cpu", "--cuda-graph"], "only CUDA has graphs"),
         (["train.py", "--keep-activations", "2"], "--keep-activations 2 is for --activation-checkpointing"),
         (["train.py", "--finer-ends"], "--finer-ends is for --master-dtype nvfp4, not nvfp4x2"),
+        (["train.py", "--batch-size", str(2**40)], "--batch-size must be at most 1,048,576, got 10995"),
         (["train.py", "--memory-limit-gb", "0"], "--memory-limit-gb must be at least 0.1, got 0.0"),
         (["train.py", "--device", "cuda:9"], "--device cuda:9"),
         (["train.py", "--device", "toaster"], "--device toaster"),

@@ -293,6 +293,7 @@ def test_data_may_lie_elsewhere_when_a_run_goes_on(settings, tsv, tmp_path):
         (lambda r: r["settings"].update(of_tomorrow=1), "train.json: unknown settings: of_tomorrow"),
         (lambda r: r["settings"].update(batch_size="many"), "train.json: batch_size must be int, got 'many'"),
         (lambda r: r["settings"].update(beta2=1.5), "--beta2 must be at least 0.0 and below 0.9999999, got"),
+        (lambda r: r["settings"].update(batch_size=10**12), "--batch-size must be at most 1,048,576"),
         (lambda r: r["settings"].update(train_embed=None), "train.json: train_embed must be bool, got None"),
         (lambda r: r.update(trained=3), 'train.json: "trained" must be a list of names'),
         (lambda r: r.pop("settings"), 'train.json: the key "settings" is missing'),
