@@ -25,7 +25,7 @@ import minifp4
 from minifp4 import data as reading
 from minifp4 import heldout, masters, needs, rows, vocabulary
 from minifp4.cli import (
-    check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
+    MANY, check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
     stopping,
 )  # fmt: skip
 from minifp4.files import checkpoint
@@ -36,7 +36,7 @@ from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
 from minifp4.watch import Watch, matrix_rate, report_memory, warned
 
-MANY = 2**20  # more of anything is a slip of the finger, or of another program
+ROW = 4096  # tokens in a packed row, if nobody has said
 HOPELESS = 10  # steps; if all of the first ones are skipped, so will be the others
 BUNDLED_DATA = minifp4.BASE.parent / "mix.tsv"
 what, which, how, kept, cost, output = groups(
@@ -136,13 +136,13 @@ def main(settings):
         counts = choose_weights(model, settings, source, device)
         data, held = heldout.split(settings, tokenizer)
         batches = make_rows(data, settings, tokenizer)
-        start = step_of(source) if source else 0
-        settings = replace(settings, steps=steps_of(settings, batches, start, source))
         optimizer = make_optimizer(model, settings)
         before = checkpoint.read_moments(source, optimizer) if source else {}
+        start = checkpoint.number_in(before, "step", source / "train.json") if source else 0
+        settings = replace(settings, steps=steps_of(settings, batches, start, source))
         step = make_step(model, optimizer, settings, memory)
         if held:
-            size = settings.batch_tokens or 4096
+            size = settings.batch_tokens or ROW
             held = heldout.HeldOut(model, held, tokenizer.end_of_text, size, settings.loss)
     describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
     record = {"trained": list(optimizer.parameters), "settings": asdict(replace(asked, steps=settings.steps)),
@@ -204,14 +204,14 @@ def batch_of(settings, device):
     """{"batch_size"} or {"batch_tokens"} if nobody has said: what is faster."""
     if settings.batch_size or settings.batch_tokens:
         return {}
-    return {"batch_tokens": max(4096, settings.seq_len)} if device.type == "cuda" else {"batch_size": 16}
+    return {"batch_tokens": max(ROW, settings.seq_len)} if device.type == "cuda" else {"batch_size": 16}
 
 
 def make_rows(data, settings, tokenizer):
     """The `rows.Rows` that train."""
     size = settings.batch_tokens
     if size:  # a row is never longer than all there is
-        all_of_it = sum(len(ids) for ids, _ in data.examples)
+        all_of_it = data.tokens()
         size = min(size, all_of_it + -all_of_it % 64)
     try:
         return rows.Rows(
@@ -221,12 +221,6 @@ def make_rows(data, settings, tokenizer):
     except ValueError as error:
         advice = "give a larger --batch-tokens or a smaller --seq-len"
         raise ValueError(f"{settings.train_data}: {error}; {advice}") from None
-
-
-def step_of(source):
-    """At which step a checkpoint is."""
-    path = source / "train.json"
-    return checkpoint.number_in(checkpoint.read_json(path), "step", path)
 
 
 def steps_of(settings, batches, start, source):
@@ -559,12 +553,11 @@ def describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
     if data.first:
         print(f"format  {tokenizer.template}")
     kind = ("conversation" if data.first else "text") + "s" * (data.records > 1)
-    tokens = sum(len(ids) for ids, _ in data.examples)
     size = f"{settings.batch_size} x {settings.grad_accum} a step"
     if batches.size:
         size = f"{settings.grad_accum} x {batches.size:,} tokens a step, {batches.full():.0%} full"
     print(
-        f"data    {settings.train_data}: {data.records:,} {kind}, {tokens:,} tokens; {size}, "
+        f"data    {settings.train_data}: {data.records:,} {kind}, {data.tokens():,} tokens; {size}, "
         f"{settings.sample_mode}"
     )
     if data.cut:
@@ -572,7 +565,7 @@ def describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
     if data.dropped:
         print(f"note    {data.dropped} longer than --seq-len are left out")
     if held:
-        print(f"held    {held.records:,} {kind} are held out, {held.tokens():,} tokens")
+        print(f"held    {held.data.records:,} {kind} are held out, {held.data.tokens():,} tokens")
 
 
 def test_prompts(settings, tokenizer, data):

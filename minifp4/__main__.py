@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cli import check, choose_device, groups, run
+from .cli import MANY, check, choose_device, groups, run
 from .files.checkpoint import BASE, load
 from .generate import check_sampling, decoded, stream
 from .storage import FLOATS
@@ -28,7 +28,7 @@ class Settings:
     model: str = what(str(BASE), "model directory, .dat file, or a directory of checkpoints (out)")
     system: str = what(None, "a system message", "TEXT")
     thinking: bool = what(True, "a hybrid model may think first")
-    max_new_tokens: int = how(256, "tokens of an answer at most", "N", least=1, most=2**20)
+    max_new_tokens: int = how(256, "tokens of an answer at most", "N", least=1, most=MANY)
     temperature: float = how(0.0, "0: always the likeliest token", least=0.0)
     top_k: int = how(0, "draw among the K likeliest tokens; 0: all", "K", least=0)
     top_p: float = how(1.0, "draw among the likeliest whose probabilities add up to this", least=0.0)

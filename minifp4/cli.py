@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+MANY = 2**20  # more of anything is a slip of the finger, or of another program
 OWN = ("group", "least", "below", "most", "positional")  # metadata that is not argparse's
 
 

@@ -41,6 +41,9 @@ class Data(NamedTuple):
     thinks: bool  # whether an answer has thoughts
     first: tuple | None  # (messages before the first answer, tools) of the first conversation, if it has any
 
+    def tokens(self):
+        return sum(len(ids) for ids, _ in self.examples)
+
 
 def read(path, tokenizer, seq_len, drop_long=False, records=None):
     """The `Data` in `path`. Longer examples are cut to `seq_len` tokens, texts divided into so many.

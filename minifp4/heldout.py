@@ -46,12 +46,9 @@ class HeldOut:
     as the longest example."""
 
     def __init__(self, model, data, pad, size, kind):
-        self.model, self.kind, self.device, self.records = model, kind, model.device, data.records
+        self.model, self.kind, self.device, self.data = model, kind, model.device, data
         size = max(size, *(len(ids) for ids, _ in data.examples))
         self.rows = Rows(data.examples, pad, size=size, mode="sequential")
-
-    def tokens(self):
-        return sum(len(ids) for ids, _ in self.rows.examples)
 
     @torch.no_grad()
     def loss(self):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from .chat import order
+from .chat import order, sample
 from .loss import IGNORE
 
 OPEN = 32  # rows that wait for a conversation which still fits
@@ -106,42 +106,40 @@ class Rows:
             places = order(len(self.examples), self.seed, number).tolist()
         return fill([len(ids) for ids, _ in self.examples], places, self.size)
 
+    def _before(self, epoch):
+        """How many rows the epochs before `epoch` have."""
+        while len(self.ends) <= epoch:
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
+        return self.ends[epoch]
+
     def _find(self, number):
         """(epoch, which of its rows) of row `number`."""
         epoch = 0
-        while True:
-            if epoch + 1 == len(self.ends):
-                self.ends.append(self.ends[-1] + len(self.epoch(epoch)))
-            if number < self.ends[epoch + 1]:
-                return epoch, number - self.ends[epoch]
+        while self._before(epoch + 1) <= number:
             epoch += 1
+        return epoch, number - self._before(epoch)
 
     def chosen(self, number):
         """The numbers of the examples in row `number`."""
         if self.size:
             epoch, row = self._find(number)
             return self.epoch(epoch)[row]
-        found = []
-        for position in range(number * self.count, (number + 1) * self.count):
-            epoch, place = divmod(position, len(self.examples))
-            random = self.mode == "random"
-            found.append(int(order(len(self.examples), self.seed, epoch)[place]) if random else place)
-        return found
+        numbers = range(len(self.examples))
+        return sample(numbers, number, batch_size=self.count, seed=self.seed, mode=self.mode)
 
     def passed(self, number):
         """How many epochs are over after so many rows."""
         if self.size is None:
             return number * self.count / len(self.examples)
         epoch, row = self._find(number)
-        return epoch + row / (self.ends[epoch + 1] - self.ends[epoch])
+        return epoch + row / len(self.epoch(epoch))
 
     def until(self, epochs):
         """How many rows so many epochs have."""
         if self.size is None:
             return math.ceil(epochs * len(self.examples) / self.count)
         whole = int(epochs)
-        self._find(sum(len(self.epoch(epoch)) for epoch in range(whole)))
-        return self.ends[whole] + math.ceil((epochs - whole) * (self.ends[whole + 1] - self.ends[whole]))
+        return self._before(whole) + math.ceil((epochs - whole) * len(self.epoch(whole)))
 
     def tokens(self, number):
         """How many tokens of text row `number` has."""

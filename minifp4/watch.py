@@ -29,19 +29,14 @@ def warned(what):
 def keep_metrics(path, start):
     """Leave the lines of the steps up to `start`, of a run that goes on; a killed run may have left half a
     line."""
-    lines, kept = [], []
-    if start and path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a damaged line is no reason to stop
-            if json.loads(line)["step"] <= start:
-                kept.append(f"{line}\n")
+    records = read_metrics(path) if start and path.is_file() else []
+    kept = (json.dumps(record) + "\n" for record in records if record["step"] <= start)
     with replacing(path) as aside:
         aside.write_text("".join(kept), encoding="utf-8")
 
 
 def read_metrics(path):
-    """The records of a metrics.jsonl; damaged lines are left out."""
+    """The records of a metrics.jsonl; damaged lines are left out: they are no reason to stop."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError):

@@ -184,9 +184,10 @@ def open_weights(directory):
 def read_weights(model, files, device):
     """Fill `model` (on the meta device) from `files`, tensor by tensor; every tensor must have its place."""
     # A checkpoint of train.py says itself what is NVFP4; dense masters that lie on its grid stay dense.
-    record = files[0].path.parent / "train.json"
-    ours = record.is_file()
-    older = ours and _is_older(read_json(record), record)
+    path = files[0].path.parent / "train.json"
+    ours = path.is_file()
+    record = read_json(path) if ours else {}
+    older = ours and _is_older(record, path)
     found = find_weights(model, files)
     for name, meta in watched(list(model.named_parameters()), "loading"):
         file, parts = found[name]
@@ -210,7 +211,7 @@ def read_weights(model, files, device):
         set_weight(model, name, value)
         if isinstance(value, Packed) and (divisor := read_divisor(file, parts)):
             model.divisors[name] = divisor
-    read_ends(model, trained_names(read_json(record), record) if ours else None)
+    read_ends(model, trained_names(record, path) if ours else None)
 
 
 def find_weights(model, files):
