@@ -12,8 +12,9 @@ def watched(items, what):
     for number, item in enumerate(items):
         now = time.monotonic()
         if now - last > QUIET:
-            left = (now - start) / number * (len(items) - number) if number else 0
-            line = f"        {what}: {number:,} of {len(items):,}, {duration(left)} left"
+            line = f"        {what}: {number:,} of {len(items):,}"
+            if number >= len(items) / 20:  # the first ones say little about the others
+                line += f", {duration((now - start) / number * (len(items) - number))} left"
             print(line, file=sys.stderr, flush=True)
             last = now
         yield item

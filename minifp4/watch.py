@@ -54,8 +54,9 @@ class Watch:
 
     def __init__(self, settings, step, memory, start, rate):
         self.step, self.memory, self.every, self.rate = step, memory, settings.log_every, rate
-        self.start, self.steps, self.path = start, settings.steps, Path(settings.out) / METRICS
-        self.tokens, self.begin, self.since = 0, time.perf_counter(), time.perf_counter()
+        self.steps, self.path = settings.steps, Path(settings.out) / METRICS
+        self.tokens, self.since = 0, time.perf_counter()
+        self.first = None  # (step, time) of the first line: the steps before it may have compiled
         self.board = tensorboard(settings.out) if settings.tensorboard else None
         with warned(f"cannot write {self.path}"):
             keep_metrics(self.path, start)
@@ -79,7 +80,7 @@ class Watch:
             record["floored"] = optimizer.floored()
         optimizer.reset_moved()
         self._write(record)
-        left = (time.perf_counter() - self.begin) / (number - self.start) * (self.steps - number)
+        left = self._left(number)
         print(
             f"step    {number}/{self.steps}  epoch {epoch:.2f}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}  moved {record['moved']:.3f}  "
@@ -92,6 +93,12 @@ class Watch:
         )
         self.tokens, self.since = 0, time.perf_counter()
         return record["skipped"]
+
+    def _left(self, number):
+        """Seconds until the end, from the time since the first line; 0 in that line."""
+        now = time.perf_counter()
+        self.first = self.first or (number, now)
+        return (now - self.first[1]) / max(1, number - self.first[0]) * (self.steps - number)
 
     @contextlib.contextmanager
     def paused(self):

@@ -16,7 +16,7 @@ from conftest import ROOT, export, read_lines, small_directory, small_model, tra
 
 import minifp4
 import train as program
-from minifp4 import chat, nvfp4, watch
+from minifp4 import chat, masters, nvfp4, watch
 from minifp4.files import atomic, checkpoint, layouts, safetensors
 from minifp4.files.atomic import bits, only_user, replacing, tidy
 
@@ -377,7 +377,7 @@ def test_a_run_whose_every_step_is_skipped_fails(settings, tmp_path, monkeypatch
 # Models
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3.4e38])
 @pytest.mark.parametrize("name", [UP, "model.norm.weight", "model.embed_tokens.weight"])
 def test_a_weight_that_is_not_finite_is_named_and_an_earlier_export_stays(settings, tmp_path, name, bad):
     path = train(**settings)
@@ -389,9 +389,28 @@ def test_a_weight_that_is_not_finite_is_named_and_an_earlier_export_stays(settin
 
     damaged = change(small_directory(tmp_path / "damaged", small_model()), spoil)
     row = (*small_model().get_parameter(name).shape,)[0] - 1
-    with pytest.raises(ValueError, match=f"damaged.*'{name}' holds NaN or an infinity, in row {row}"):
+    with pytest.raises(ValueError, match=f"damaged.*'{name}' holds NaN, an infinity or .*, in row {row}$"):
         export(checkpoint=str(damaged), format=["hf"], out=settings["out"])
     assert good.read_bytes() == before
+
+
+def test_the_largest_weights_train(settings, tmp_path):
+    """Up to 3e38: a code's next neighbour is still a number."""
+
+    def spoil(tensors):
+        tensors[UP].view(-1)[-1] = 3e38
+
+    path = change(small_directory(tmp_path / "large", small_model()), spoil)
+    for master in ("nvfp4", "nvfp4x2"):
+        model, _ = checkpoint.load(path)
+        masters.choose_trained(model, lm_head=True, embed=True)
+        masters.set_masters(model, master)
+        optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-3, state="nvfp4")
+        weight = model.get_parameter(UP)
+        for _ in range(5):
+            weight.grad = torch.ones(weight.shape)
+            optimizer.step()
+        assert weight.stored().isfinite().all()
 
 
 def as_others_write_it(layout, tiny=False):

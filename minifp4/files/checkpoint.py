@@ -19,7 +19,7 @@ import torch
 from ..chat import SPECIAL_TOKENS, Tokenizer
 from ..masters import default_compute_dtype, read_ends, set_weight
 from ..model import Config, Qwen3
-from ..nvfp4 import BLOCK, row_chunks
+from ..nvfp4 import BLOCK, E2M1_MAX, row_chunks
 from ..packed import PLACES, Packed, pack_exactly
 from ..progress import watched
 from ..storage import FLOATS
@@ -34,6 +34,7 @@ from .layouts import (
 BASE = Path(__file__).parents[1] / "assets" / "base"  # the bundled model
 BEST = "best"  # the directory beside step-* of the checkpoint with the least held-out loss
 WEIGHTS, INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors"
+LARGEST = 1.8125 * 2.0**127  # 3.08e38, magnitude of a weight; bf16 and fp32 end at 3.4e38
 FORMAT = 2  # of checkpoints: `_from_format_1` says what was different
 SHARD_BYTES = 5 * 10**9  # of one file of an export
 # What else a model directory may hold that a server wants; copied as it is.
@@ -259,13 +260,15 @@ def _check_tied(found):
 
 
 def _check_finite(file, name, value):
-    """Raise ValueError for a weight that holds NaN or an infinity: every step would be skipped."""
-    value = value.scale.float() if isinstance(value, Packed) else value
+    """Raise ValueError for a weight that holds NaN or an infinity, for every step would be skipped, or so
+    large a number that rounding makes it one."""
+    if isinstance(value, Packed):
+        value = value.scale.float() * (value.global_scale * E2M1_MAX)
     for rows in row_chunks(value) if value.dim() == 2 else [slice(None)]:
-        if not value[rows].isfinite().all():
-            [row, *_] = value[rows].isfinite().logical_not().nonzero()[0].tolist()
-            place = (rows.start or 0) + row
-            raise ValueError(f"{file.path}: {name!r} holds NaN or an infinity, in row {place}")
+        if not all(abs(end.item()) <= LARGEST for end in value[rows].aminmax()):
+            [row, *_] = (value[rows].float().abs() <= LARGEST).logical_not().nonzero()[0].tolist()
+            what = f"holds NaN, an infinity or a number beyond {LARGEST:.2g}"
+            raise ValueError(f"{file.path}: {name!r} {what}, in row {(rows.start or 0) + row}")
 
 
 def _reads_nvfp4(layer):
