@@ -8,9 +8,11 @@ Each step: read a batch, run the model forward and backward through its 4-bit we
 with AdamW. `python train.py --help` lists the settings; they are the fields of `Settings` below.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import math
+import os
 import secrets
 import shlex
 import shutil
@@ -23,7 +25,7 @@ import torch
 
 import minifp4
 from minifp4 import data as reading
-from minifp4 import heldout, masters, needs, rows, vocabulary
+from minifp4 import heldout, masters, needs, parallel, rows, vocabulary
 from minifp4.cli import (
     MANY, check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
     stopping,
@@ -31,7 +33,7 @@ from minifp4.cli import (
 from minifp4.files import checkpoint
 from minifp4.files.atomic import check_replaceable, only_user, remove
 from minifp4.memory import Memory
-from minifp4.packed import bytes_of
+from minifp4.packed import Packed, bytes_of
 from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
 from minifp4.watch import Watch, matrix_rate, report_memory, warned
@@ -66,7 +68,9 @@ class Settings:
     epochs: float = how(None, "passes through the data, instead of --steps", least=1e-9, most=1e4)
     batch_size: int = how(None, "conversations in a forward pass; 16, not on CUDA", least=1, most=MANY)
     batch_tokens: int = how(None, "or all that fit into so many tokens; 4096 on CUDA", least=2, most=MANY)
-    grad_accum: int = how(1, "forward and backward passes in one step", least=1, most=MANY)
+    grad_accum: int = how(
+        None, "such passes in one step; 1, with --batch-tokens one a process", least=1, most=MANY
+    )
     lr: float = how(None, "default: 5e-4 for the bundled model, 2e-5 for yours", least=0.0, below=1e3)
     warmup: int = how(0, "steps over which the learning rate rises to --lr", least=0)
     schedule: str = how("constant", "of the rate after the warm-up", choices=("constant", "cosine"))
@@ -123,10 +127,14 @@ def main(settings):
     for one, other in (("epochs", "steps"), ("batch_tokens", "batch_size"), ("eval_data", "eval_share")):
         if {one, other} <= given(settings):
             raise ValueError(f"{spellings(one)[0]} and {spellings(other)[0]} exclude each other")
+    parallel.start(settings.device)
+    if parallel.rank():  # the first process speaks, and writes
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, to the end
     settings, source = find_start(settings)
     device = choose_device(settings.device)
     settings = replace(settings, **batch_of(settings, device))
     check_together(settings, device)
+    parallel.check_same(version=minifp4.__version__, torch=torch.__version__, **numbers_of(settings))
     asked, settings = settings, replace_unset(settings, device)
     memory = Memory(device, settings.memory_limit_gb, in_use(settings))
     with memory.phase("load"):
@@ -136,6 +144,8 @@ def main(settings):
         counts = choose_weights(model, settings, source, device)
         data, held = heldout.split(settings, tokenizer)
         batches = make_rows(data, settings, tokenizer)
+        held_tokens = held and held.tokens()
+        parallel.check_same(weights=fingerprint(model), data=digest(settings), held=held_tokens)
         optimizer = make_optimizer(model, settings)
         before = checkpoint.read_moments(source, optimizer) if source else {}
         start = checkpoint.number_in(before, "step", source / "train.json") if source else 0
@@ -150,17 +160,21 @@ def main(settings):
               "command": shlex.join(["python", *sys.argv])}  # fmt: skip
     best = heldout.best_so_far(settings.out, record["run"], before)
     save = Saver(settings, step, tokenizer, record, memory, best)
-    with only_user(Path(settings.out)), compiler_failures_named():
+    alone = only_user(Path(settings.out)) if parallel.rank() == 0 else contextlib.nullcontext()
+    with alone, compiler_failures_named():
         prompts = test_prompts(settings, tokenizer, data)
         with memory.phase("answer"):
             answers = ask("before", model, tokenizer, prompts, settings, data)
-        save.check(start, settings.steps, held)
+        if parallel.rank() == 0:
+            save.check(start, settings.steps, held)
         watch = Watch(settings, step, memory, start, rate)
         end = train(step, batches, held, settings, start, save, watch)
         step.close()
         path = save(end)  # before anything else can go wrong
         with memory.phase("answer"):
             ask("after", model, tokenizer, prompts, settings, data, answers)
+        if parallel.rank():
+            return path
         print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
         if settings.output_dat:
             checkpoint.write_dat(Path(settings.output_dat), model, settings.input_dat, optimizer.parameters)
@@ -201,10 +215,14 @@ def in_use(settings):
 
 
 def batch_of(settings, device):
-    """{"batch_size"} or {"batch_tokens"} if nobody has said: what is faster."""
-    if settings.batch_size or settings.batch_tokens:
-        return {}
-    return {"batch_tokens": max(ROW, settings.seq_len)} if device.type == "cuda" else {"batch_size": 16}
+    """What nobody has said of a step's batch: what is faster, and of packed rows one for each process."""
+    size, tokens, parts = settings.batch_size, settings.batch_tokens, settings.grad_accum
+    if not size and not tokens and device.type == "cuda":
+        tokens = max(ROW, settings.seq_len)
+    elif not tokens:
+        size = size or 16
+    parts = parts or (parallel.ranks() if tokens else 1)
+    return {"batch_size": size, "batch_tokens": tokens, "grad_accum": parts}
 
 
 def make_rows(data, settings, tokenizer):
@@ -250,7 +268,7 @@ class Saver:
                 state = {"step": number, **self.record, "best": asdict(self.best)}
                 parts = (self.step.model, self.tokenizer, self.step.optimizer, state)
                 self.written[number, name] = checkpoint.save(self.settings.out, *parts, name)
-            for old in self._own()[: -self.settings.keep]:
+            for old in self._own()[: -self.settings.keep] if parallel.rank() == 0 else ():
                 with warned(f"cannot remove {old}"):
                     remove(old)
         return self.written[number, name]
@@ -263,7 +281,8 @@ class Saver:
         names = [checkpoint.name_of(number) for number in sorted(numbers)] + [checkpoint.BEST] * bool(held)
         for name in names:
             check_replaceable(Path(self.settings.out) / name, mark="train.json")
-        size = self.step.optimizer.nbytes() + sum(bytes_of(p) for p in self.step.model.parameters())
+        size = sum(bytes_of(p) for p in self.step.model.parameters())
+        size += self.step.optimizer.nbytes() * parallel.ranks()
         free = shutil.disk_usage(self.settings.out).free
         if size > free:
             sizes = f"a checkpoint takes {size / 2**20:,.1f} MiB, only {free / 2**20:,.1f} are free"
@@ -335,10 +354,12 @@ def check_together(settings, device):
         raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if settings.finer_ends and settings.master_dtype != "nvfp4":
         raise ValueError(f"--finer-ends is for --master-dtype nvfp4, not {settings.master_dtype}")
-    if settings.step_in_backward and settings.grad_accum > 1:
+    parts, size = settings.grad_accum, settings.batch_size
+    if parts % parallel.ranks() and (not size or size % parallel.ranks()):
+        one = f"--batch-size {size}" if size else f"--batch-tokens {settings.batch_tokens}"
         raise ValueError(
-            "--step-in-backward updates a weight as soon as it has a gradient: it cannot wait for the other "
-            f"parts of --grad-accum {settings.grad_accum}"
+            f"--grad-accum {parts} x {one} cannot be divided among {parallel.ranks()} processes: make "
+            f"{'one of them' if size else 'the first'} a multiple of {parallel.ranks()}"
         )
     if settings.step_in_backward and settings.grad_clip:
         raise ValueError(
@@ -366,6 +387,21 @@ def replace_unset(settings, device):
     if graph and device.type == "cuda" and not recordable:
         raise ValueError("--cuda-graph: attention in packed rows is recorded on GPUs from 8.0 on, in 16 bits")
     return replace(settings, compile=compile, cuda_graph=graph)
+
+
+def numbers_of(settings):
+    """{flag: value} of what all processes must have alike, whatever a directory is called on each machine."""
+    kinds = {field.name: field.type for field in fields(settings)}
+    return {spellings(name)[0]: value for name, value in asdict(settings).items() if kinds[name] is not str}
+
+
+def fingerprint(model):
+    """Differs where the weights of two processes do."""
+    sums = []
+    for p in model.parameters():
+        for part in p.tensors().values() if isinstance(p, Packed) else [p.detach()]:
+            sums.append(part.flatten().view(torch.uint8).sum(dtype=torch.int64))
+    return hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def digest(settings):
@@ -456,10 +492,10 @@ def make_step(model, optimizer, settings, memory):
         model, optimizer, kind=settings.loss, in_backward=settings.step_in_backward, memory=memory,
         grad_clip=(0.0 if settings.step_in_backward else 1.0) if clip is None else clip,
     )  # fmt: skip
-    if settings.cuda_graph:
+    if settings.cuda_graph or parallel.ranks() > 1 and model.device.type == "cuda":
         from minifp4.fused import record
 
-        record(step)
+        record(step, recorded=settings.cuda_graph)
     return step
 
 
@@ -498,14 +534,15 @@ def train(step, batches, held, settings, start, save, watch):
         for number in range(start, settings.steps):
             parts = range(number * settings.grad_accum, (number + 1) * settings.grad_accum)
             step.optimizer.lr = learning_rate(settings, number)
-            result = step([batches.batch(part, device) for part in parts])
+            result = step(batches.mine(parts, device, joined=settings.step_in_backward))
             done, tokens = number + 1, sum(map(batches.tokens, parts))
-            skipped = watch.after(done, result, tokens, batches.passed(parts.stop), now=stop.signal)
+            stopped = parallel.largest(stop.signal or 0)  # a signal may reach them in different steps
+            skipped = watch.after(done, result, tokens, batches.passed(parts.stop), now=stopped)
             if skipped == done - start and (skipped >= HOPELESS or done == settings.steps):
                 raise ValueError(f"all {skipped} steps were skipped: the loss or the gradient is not finite")
-            if stop.signal and done < settings.steps:
+            if stopped and done < settings.steps:
                 print(f"saved   {save(done)}; --resume goes on from there")
-                sys.exit(128 + stop.signal)
+                sys.exit(128 + stopped)
             if held and (done % every == 0 or done == settings.steps):
                 with watch.paused():
                     with save.memory.phase("evaluate"):
@@ -531,6 +568,7 @@ def describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads"
     )
+    place += f", {parallel.ranks()} processes" if parallel.ranks() > 1 else ""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in optimizer.parameters.values())
     masters = sum(bytes_of(p) for p in optimizer.parameters.values())
@@ -560,6 +598,9 @@ def describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
         f"data    {settings.train_data}: {data.records:,} {kind}, {data.tokens():,} tokens; {size}, "
         f"{settings.sample_mode}"
     )
+    joined = settings.grad_accum // parallel.ranks() if settings.step_in_backward else 1
+    if joined > 1:
+        print(f"note    --step-in-backward computes {joined} of --grad-accum's parts at once, as one row")
     if data.cut:
         print(f"note    {data.cut} longer than --seq-len were cut: {data.lost:,} tokens are lost")
     if data.dropped:

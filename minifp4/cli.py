@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from . import parallel
+
 MANY = 2**20  # more of anything is a slip of the finger, or of another program
 OWN = ("group", "least", "below", "most", "positional")  # metadata that is not argparse's
 
@@ -104,7 +106,7 @@ def check(settings):
 
 def choose_device(name):
     """A device that can hold a tensor; ValueError says why another cannot."""
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.own_device(name) or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -164,11 +166,16 @@ class Console:
 @contextlib.contextmanager
 def stopping():
     """While a loop runs: SIGTERM or Ctrl-C only sets `stop.signal`, and the loop ends where it likes to. The
-    second one ends the program at once."""
+    second one ends the program at once; but not one of several processes, which torchrun sends it as well."""
     stop, before = types.SimpleNamespace(signal=None), {}
 
     def first(number, _):
+        if stop.signal:
+            return
         stop.signal = number
+        if parallel.ranks() > 1:
+            print("note    stopping after this step", flush=True)
+            return
         for one, old in before.items():
             signal.signal(one, old)
         print("note    stopping after this step; a second signal ends at once", flush=True)
@@ -182,23 +189,34 @@ def stopping():
             signal.signal(one, old)
 
 
+def fail(error):
+    """Say what is wrong, once of all processes, and end."""
+    if parallel.first_to_fail():
+        where = f"process {os.environ['RANK']}: " if parallel.launched() > 1 else ""
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def run(main, kind, text):
     """The frame of a program: parse, run `main`, and turn a user's mistake into one line and status 2."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Console, before)
     try:
         main(parse(kind, sys.argv[1:], text))
+        parallel.close()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if parallel.first_to_fail():
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BaseException as error:
+        if parallel.lost(error):
+            why = str(error).splitlines()[0]
+            fail(f"another process has ended ({why}); --resume goes on from what is saved")
         if type(error).__name__ != "PanicException":  # of the tokenizer's Rust, which is no Exception
             raise
-        print(f"error: the tokenizer failed: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"the tokenizer failed: {error}")
     finally:
         sys.stdout.flush()  # here a reader who has gone is still no matter
         sys.stdout, sys.stderr = before

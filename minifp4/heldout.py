@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from . import parallel
 from .data import fingerprint, read, read_records
 from .files import checkpoint
 from .loss import IGNORE
@@ -53,12 +54,13 @@ class HeldOut:
     @torch.no_grad()
     def loss(self):
         total, counted = 0.0, 0
-        for number in range(len(self.rows.epoch(0))):
+        for number in range(parallel.rank(), len(self.rows.epoch(0)), parallel.ranks()):
             ids, labels, spans = self.rows.batch(number, self.device)
             count = int((labels[:, 1:] != IGNORE).sum())
             if count:
                 loss = self.model.loss(ids, labels, self.kind, select=False, spans=spans).item()
                 total, counted = total + loss * count, counted + count
+        total, counted = parallel.add_up(torch.tensor([total, counted], dtype=torch.float64)).tolist()
         return total / counted if counted else math.nan
 
 

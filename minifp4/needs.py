@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from . import parallel
 from .memory import GIB, Shortage
 from .nvfp4 import BLOCK
 from .storage import FLOATS
@@ -31,8 +32,8 @@ def matrices(config):
 
 def least(config, stored, gradient, **settings):
     """Bytes that are there all the time with such `settings` of train.py, but for norms and the scales of
-    rows. stored: bytes a weight of what does
-    not train, as the file has it; gradient: bytes of a number in a gradient."""
+    rows; of several processes, for each. stored: bytes a weight of what does not train, as the file has it;
+    gradient: bytes of a number in a gradient."""
     layers, embedding, head = matrices(config)
     total = layers + embedding + head
     trained = layers * (settings["train_last_layers"] or config.num_hidden_layers) / config.num_hidden_layers
@@ -40,7 +41,7 @@ def least(config, stored, gradient, **settings):
         trained += embedding
     if settings["train_lm_head"]:
         trained += head
-    each = BYTES[settings["master_dtype"]] + 2 * BYTES[settings["optimizer_state"]]
+    each = BYTES[settings["master_dtype"]] + 2 * BYTES[settings["optimizer_state"]] / parallel.ranks()
     each += 0 if settings["step_in_backward"] else gradient
     return trained * each + (total - trained) * stored
 

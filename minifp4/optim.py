@@ -27,6 +27,7 @@ block, that is read instead, and the step is shorter than AdamW's. `floored` is 
 Vectors (norm weights) are few: they and their moments stay in fp32, and no weight decay pulls them to 0.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ import torch
 
 from .chance import random_bits, rounding_key
 from .nvfp4 import FP32_MIN, row_chunks
+from .packed import Packed
+from .parallel import add_up, own, rank, stretches
 from .storage import master, write, zeros
 
 # The largest |u|. AdamW's own is at most 7.3 (betas .9 and .999, a gradient far above all before it); what
@@ -58,6 +61,30 @@ class Survey(NamedTuple):
 
     largest: torch.Tensor  # magnitude in each row, fp32 [rows, 1]
     squares: torch.Tensor  # their sum, fp32 []
+
+
+class Part(NamedTuple):
+    """Some rows of a parameter that this optimizer updates: all, or of several processes its own
+    (`parallel.py`)."""
+
+    name: str
+    rows: slice
+    stores: tuple  # of w, m and sqrt(v) of these rows
+    counts: bool  # its squares and its movement; of what all processes update alike, only the first one's
+
+    def among(self, first, count):
+        """Which of `count` rows from number `first` on are its, a slice of them."""
+        start, stop = max(self.rows.start, first), min(self.rows.stop, first + count)
+        return slice(start - first, max(start, stop) - first)
+
+
+class Piece(NamedTuple):
+    """Some rows of a tensor that the optimizer remembers."""
+
+    name: str
+    tensor: torch.Tensor
+    first: int  # number of its first row in the whole
+    rows: int  # of the whole
 
 
 def limited(u):
@@ -131,7 +158,7 @@ class AdamW:
         self.stochastic, self.state = rounding == "stochastic", state
         self.chunk_rows, self.seed, self.steps = 0, seed, 0
         self._numbers = {name: number for number, name in enumerate(self.parameters)}
-        self.stores = {name: self._stores(p) for name, p in self.parameters.items()}
+        self.parts = {name: self._parts(name, as_rows(p)) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
         # What differs from step to step lies on the device: Hyper for matrices and for vectors, and a key for
         # each parameter.
@@ -142,25 +169,35 @@ class AdamW:
         self._surveys, self.squares = {}, torch.zeros((), device=device)
         # Requested and stored; more columns are added up like the first (`fused/` has many).
         self.movement = torch.zeros(2, 1, dtype=torch.float64, device=device)
+        self.uncounted = self.movement.clone(), self.squares.clone()  # of rows that another process counts
 
-    def _stores(self, p):
-        """The storages of a parameter, its m and its sqrt(v)."""
-        kind, shape = (self.state if p.dim() == 2 else "fp32"), as_rows(p).shape
-        mean, root = zeros(kind, shape, p.device), zeros(kind, shape, p.device, positive=True)
-        return master(as_rows(p)), mean, root
+    def _parts(self, name, p):
+        """The `Part`s of a parameter [rows, K]."""
+        kind, found = (self.state if self.parameters[name].dim() == 2 else "fp32"), []
+        for stretch in stretches(len(p)):
+            rows = own(stretch) or stretch
+            weight = p.part(rows) if isinstance(p, Packed) else p[rows]
+            moments = (zeros(kind, weight.shape, p.device, positive) for positive in (False, True))
+            counts = own(stretch) is not None or rank() == 0
+            found.append(Part(name, rows, (master(weight), *moments), counts))
+        return found
+
+    def pieces(self):
+        """All that this optimizer remembers beside `steps`, as `Piece`s."""
+        for name, parts in self.parts.items():
+            for part in parts:
+                for moment, store in zip(("exp_avg", "sqrt_exp_avg_sq"), part.stores[1:]):
+                    for kind, tensor in store.tensors.items():
+                        rows = len(as_rows(self.parameters[name]))
+                        yield Piece(f"{name}.{moment}.{kind}", tensor, part.rows.start, rows)
 
     def tensors(self):
-        """{name: tensor} of all that the optimizer remembers beside `steps`."""
-        return {
-            f"{name}.{moment}.{part}": tensor
-            for name, stores in self.stores.items()
-            for moment, store in zip(("exp_avg", "sqrt_exp_avg_sq"), stores[1:])
-            for part, tensor in store.tensors.items()
-        }
+        """The same as {name: tensor}, of one process, which has all rows."""
+        return {piece.name: piece.tensor for piece in self.pieces()}
 
     def nbytes(self):
         """Of all these tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        return sum(piece.tensor.nbytes for piece in self.pieces())
 
     @torch.no_grad()
     def step(self, grad_scale=1.0, ok=None):
@@ -198,23 +235,47 @@ class AdamW:
     def grad_norm(self):
         """The norm of all gradients together, fp32 []; once a step, after `begin`."""
         for name, p in self.parameters.items():
-            if p.grad is not None:
-                self._surveys[name] = self.survey(as_rows(p.grad))
-        return self.squares.sqrt()
+            for part in self.parts[name] if p.grad is not None else ():
+                with self._counting(part):
+                    self._surveys[name, part.rows.start] = self.survey(as_rows(p.grad)[part.rows])
+        return self.norm()
+
+    def norm(self):
+        """The norm of all gradients that this step has seen, fp32 []; once a step."""
+        return add_up(self.squares).sqrt()
 
     @torch.no_grad()
     def update(self, name, grad, ok=None, first_row=0):
         """Update one parameter by its gradient, if that is finite, and add its squares to `squares`.
 
-        A matrix may also be updated some rows at a time, those from `first_row` on; with the same result.
+        A matrix may also be updated some rows at a time, those from `first_row` on; with the same result. Of
+        several processes each updates its rows.
         """
         hyper, grad = self._hyper[0 if grad.dim() == 2 else 1], as_rows(grad)
-        survey = self._surveys.pop(name, None) or self.survey(grad)
         ok = self.true if ok is None else ok
-        for rows in self.pieces(grad):
-            mine = Survey(survey.largest[rows], survey.squares)
-            place = slice(first_row + rows.start, first_row + rows.stop)
-            self.update_rows(name, place, grad[rows], mine, hyper, ok)
+        for part in self.parts[name]:
+            mine = grad[part.among(first_row, len(grad))]
+            if len(mine):
+                with self._counting(part):
+                    self._update_part(part, max(0, first_row - part.rows.start), mine, ok, hyper)
+
+    def _update_part(self, part, first, grad, ok, hyper):
+        """The same for rows of one part, from its row number `first` on."""
+        survey = self._surveys.pop((part.name, part.rows.start), None) or self.survey(grad)
+        for rows in self.chunks(grad):
+            some = Survey(survey.largest[rows], survey.squares)
+            self.update_rows(part, slice(first + rows.start, first + rows.stop), grad[rows], some, hyper, ok)
+
+    @contextlib.contextmanager
+    def _counting(self, part):
+        """Leave `movement` and `squares` alone if another process counts these rows."""
+        kept = self.movement, self.squares
+        if not part.counts:
+            self.movement, self.squares = self.uncounted
+        yield
+        if not part.counts:
+            self.uncounted = self.movement, self.squares
+            self.movement, self.squares = kept
 
     def survey(self, grad):
         """The `Survey` of a gradient [rows, K], whose squares are also added to `squares`.
@@ -232,18 +293,18 @@ class AdamW:
             largest.append(g.abs().amax(1, keepdim=True))
         return Survey(torch.cat(largest), total)
 
-    def pieces(self, grad):
+    def chunks(self, grad):
         """The rows to compute at once, as slices."""
         return row_chunks(grad, self.chunk_rows)
 
-    def update_rows(self, name, rows, grad, survey, hyper, ok):
-        """`update` for some rows of a parameter; hyper: fp32 [7]."""
+    def update_rows(self, part, rows, grad, survey, hyper, ok):
+        """`update` for some rows of a `Part`; hyper: fp32 [7]."""
         bits = None
         if self.stochastic:
-            first = self.zero + rows.start * grad.shape[1]
-            bits = random_bits(self.key(name), first, grad.shape)
+            first = self.zero + (part.rows.start + rows.start) * grad.shape[1]
+            bits = random_bits(self.key(part.name), first, grad.shape)
         hyper = Hyper(*hyper.unbind())
-        update(self.stores[name], rows, grad, survey, bits, hyper, ok, self.movement[:, :1])
+        update(part.stores, rows, grad, survey, bits, hyper, ok, self.movement[:, :1])
 
     def key(self, name):
         """What the random bits of a parameter's update derive from, int32 [2]."""
@@ -255,15 +316,16 @@ class AdamW:
 
     def moved(self):
         """Stored over requested movement since `reset_moved`; NaN before the first step."""
-        requested, stored = self.movement.sum(1, dtype=torch.float64).tolist()
+        requested, stored = add_up(self.movement.sum(1, dtype=torch.float64)).tolist()
         return stored / requested if requested else math.nan
 
     def floored(self):
         """The share of sqrt(v) that is stored as the smallest number of its block; NaN where no block has
         one."""
-        roots = (stores[2] for stores in self.stores.values())
-        counts = [root.floored() for root in roots if hasattr(root, "floored")]
-        floored, all_of_them = (sum(count).item() for count in zip(*counts)) if counts else (0, 0)
+        roots = (part.stores[2] for parts in self.parts.values() for part in parts if part.counts)
+        counts = [torch.stack(root.floored()) for root in roots if hasattr(root, "floored")]
+        none = torch.zeros(2, dtype=torch.int64, device=self.zero.device)
+        floored, all_of_them = add_up(sum(counts, none)).tolist()
         return floored / all_of_them if all_of_them else math.nan
 
     def reset_moved(self):

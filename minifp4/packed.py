@@ -69,6 +69,10 @@ class Packed(torch.Tensor):
         names = (*NVFP4._fields, "more")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def part(self, rows):
+        """Some rows (a slice) as a weight of their own, in the same memory."""
+        return from_tensors({name: x[rows] if x.dim() else x for name, x in self.tensors().items()})
+
     def nvfp4(self, rows=slice(None)):
         """The codes of some rows (a slice, or row numbers [N]) that products read."""
         return NVFP4(self.qdata[rows], self.scale[rows], self.global_scale)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from . import parallel
 from .chat import order, sample
 from .loss import IGNORE
 
@@ -155,14 +156,26 @@ class Rows:
         """(ids [1, T], labels [1, T], `Spans`) of row `number`."""
         return self.laid([self.examples[place] for place in self.chosen(number)], device)
 
-    def laid(self, examples, device):
-        """Some examples as one row."""
+    def mine(self, numbers, device, joined=False):
+        """[batch]: what this process computes of some rows: its share of them, or where these are too few,
+        its share of each one's conversations; joined: all of it in one row."""
+        rows = [self.chosen(number) for number in numbers]
+        if len(rows) % parallel.ranks() == 0:
+            rows = parallel.share(rows)
+        else:
+            rows = [parallel.share(row) for row in rows]
+        count = len(rows) if joined else 1
+        rows = [sum(rows, [])] if joined else rows
+        return [self.laid([self.examples[place] for place in row], device, count) for row in rows]
+
+    def laid(self, examples, device, rows=1):
+        """Some examples as one row, as long as so many."""
         ids = [token for one, _ in examples for token in one]
         labels = [label for _, one in examples for label in (IGNORE, *one[1:])]  # nobody foretells the first
         starts = [0]
         for one, _ in examples:
             starts.append(starts[-1] + len(one))
-        size = self.size or len(ids) + -len(ids) % self.multiple
+        size = rows * self.size if self.size else len(ids) + -len(ids) % self.multiple
         ids += [self.pad] * (size - len(ids))
         labels += [IGNORE] * (size - len(labels))
         while starts[-1] < size:  # what is left, in pieces that are no longer than a conversation

@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 
+from . import parallel
 from .loss import IGNORE
 
 
@@ -66,13 +67,15 @@ class Step:
         """The gradients of all `batches`, and with `in_backward` the updates; returns the loss."""
         self._head_rows.clear()  # of a step that did not end
         learned = [(labels[:, 1:] != IGNORE).sum() for _, labels, *_ in batches]
-        shares = [count / sum(learned) for count in learned]
+        all_of_them = parallel.add_up(sum(learned))
+        shares = [count / all_of_them for count in learned]
         total = torch.zeros((), device=self.model.device)
         for (ids, labels, *spans), share in zip(batches, shares):
             with self.phase("forward"):
                 loss = self.loss(ids, labels, spans=spans[0] if spans else None) * share
-            total += loss.detach()
-            self.ok = loss.detach().isfinite()
+            everywhere = parallel.add_up(loss.detach().clone())
+            total += everywhere
+            self.ok = everywhere.isfinite()
             with self.phase("backward"):
                 loss.backward()
                 self.count(p.grad for p in self.optimizer.parameters.values())
@@ -82,19 +85,36 @@ class Step:
         """What is left to update; returns (loss, norm)."""
         if not self.in_backward:
             with self.phase("step"):
-                norm = self.optimizer.grad_norm()
-                scale = (self.grad_clip / norm).clamp(max=1) if self.grad_clip else 1.0
-                self.optimizer.apply(scale, norm.isfinite() & total.isfinite())
-                self.optimizer.zero_grad()
-        norm = self.optimizer.squares.sqrt()
+                norm = self._apply(total)
+        else:
+            norm = self.optimizer.norm()
         self.skipped += (norm.isfinite() & total.isfinite()).logical_not()
         self.model.refit()
         return total, norm
 
+    def _apply(self, total):
+        """The update by the gradients that all parameters have; returns their norm."""
+        trained = [p for p in self.optimizer.parameters.values() if p.grad is not None]
+        for p in trained:
+            parallel.add_up_own(p.grad)
+        norm = self.optimizer.grad_norm()
+        scale = (self.grad_clip / norm).clamp(max=1) if self.grad_clip else 1.0
+        self.optimizer.apply(scale, norm.isfinite() & total.isfinite())
+        self.optimizer.zero_grad()
+        for p in trained:
+            parallel.gather(p)
+        return norm
+
     def update(self, name, gradient, first_row=0):
         """Update some rows of a weight by their gradient, during the backward pass."""
         self.count([gradient])  # the others have been dropped, or are still to come
+        self.renew(name, gradient, first_row)
+
+    def renew(self, name, gradient, first_row):
+        """The same, by the sum of all processes' gradients."""
+        parallel.add_up_own(gradient)
         self.optimizer.update(name, gradient, self.ok, first_row)
+        parallel.gather(self.optimizer.parameters[name], first_row, len(gradient))
 
     def _add_hooks(self):
         """Have each gradient brought to `update` and dropped."""

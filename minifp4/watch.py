@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import parallel
 from .files.atomic import replacing
 from .memory import GIB
 from .packed import bytes_of
@@ -57,9 +58,11 @@ class Watch:
         self.steps, self.path = settings.steps, Path(settings.out) / METRICS
         self.tokens, self.since = 0, time.perf_counter()
         self.first = None  # (step, time) of the first line: the steps before it may have compiled
-        self.board = tensorboard(settings.out) if settings.tensorboard else None
-        with warned(f"cannot write {self.path}"):
-            keep_metrics(self.path, start)
+        self.writes = parallel.rank() == 0
+        self.board = tensorboard(settings.out) if settings.tensorboard and self.writes else None
+        if self.writes:
+            with warned(f"cannot write {self.path}"):
+                keep_metrics(self.path, start)
 
     def after(self, number, result, tokens, epoch, now=False):
         """Step `number` with its result (loss, norm), of so many tokens. Returns how many steps were skipped,
@@ -75,7 +78,8 @@ class Watch:
             "peak_memory_gib": self.memory.peak() / GIB, "skipped": self.step.skipped.item(), "epoch": epoch,
         }  # fmt: skip
         if self.rate:
-            record["matrix_share"] = record["tokens_per_second"] * work(self.step.model) / self.rate
+            operations = record["tokens_per_second"] * work(self.step.model) / parallel.ranks()
+            record["matrix_share"] = operations / self.rate
         if number == self.steps:  # it takes a pass through all moments
             record["floored"] = optimizer.floored()
         optimizer.reset_moved()
@@ -114,6 +118,8 @@ class Watch:
         self._write({"step": number, "held_out_loss": loss, "held_out_perplexity": perplexity(loss)})
 
     def _write(self, record):
+        if not self.writes:
+            return
         valid = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
         with warned(f"cannot write {self.path}"), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(valid) + "\n")

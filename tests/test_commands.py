@@ -135,7 +135,7 @@ def test_flags_that_do_not(result, flag, monkeypatch):
 
     def watched(self, name, grad, *rest):
         grads.append(sum(p.grad is not None for p in self.parameters.values()))
-        sizes.add(max(rows.stop - rows.start for rows in self.pieces(grad)))
+        sizes.add(max(rows.stop - rows.start for rows in self.chunks(grad)))
         return update(self, name, grad, *rest)
 
     monkeypatch.setattr(AdamW, "update", watched)

@@ -156,7 +156,7 @@ def trained(kind, state, rounding, wing, chunk_rows=0, columns=208):
         weight.grad = (towards + 1e-3 * torch.randn(24, columns, generator=generator)).bfloat16()
         optimizer.lr = lr
         optimizer.step(ok=torch.tensor(number != 2))
-    stored = [tensor for store in optimizer.stores["w"] for tensor in store.tensors.values()]
+    stored = [tensor for store in optimizer.parts["w"][0].stores for tensor in store.tensors.values()]
     return torch.cat([bits(tensor) for tensor in stored]), optimizer.moved()
 
 
@@ -237,7 +237,7 @@ def test_a_fused_model_trains_the_same_bits(kind, quantize, checkpointing, monke
     for model, optimizer in fused_twins(kind, monkeypatch, checkpointing, quantize):
         step = Step(model, optimizer, in_backward=True)
         losses.append([step([(IDS + number, IDS + number)])[0].item() for number in range(3)])
-        stores = [store for stores in optimizer.stores.values() for store in stores]
+        stores = [store for parts in optimizer.parts.values() for part in parts for store in part.stores]
         stored.append(torch.cat([bits(t) for store in stores for t in store.tensors.values()]))
     assert losses[0] == losses[1] and torch.equal(*stored)
 

@@ -266,10 +266,11 @@ def test_a_step_that_is_not_ok_changes_nothing():
         weight.grad_dtype = torch.float32
         optimizer = minifp4.AdamW([("w", weight)], lr=0.1, state="nvfp4")
         for gradient, ok in ((1.0, True), (math.nan, False)):
-            before = [tensor.clone() for store in optimizer.stores["w"] for tensor in store.tensors.values()]
+            stores = optimizer.parts["w"][0].stores
+            before = [tensor.clone() for store in stores for tensor in store.tensors.values()]
             weight.grad = torch.full((16, 128), gradient)
             optimizer.step(ok=torch.tensor(ok))
-            after = [tensor for store in optimizer.stores["w"] for tensor in store.tensors.values()]
+            after = [tensor for store in stores for tensor in store.tensors.values()]
             same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, after)]
             assert all(same) != ok
         assert optimizer.moved() == pytest.approx(1, abs=0.1)

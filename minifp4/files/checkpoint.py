@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .. import parallel
 from ..chat import SPECIAL_TOKENS, Tokenizer
 from ..masters import default_compute_dtype, read_ends, set_weight
 from ..model import Config, Qwen3
@@ -292,15 +293,29 @@ def save(out, model, tokenizer, optimizer, record, name=None):
     record: what train.json says beside the optimizer's steps: "step", "trained" (names), "settings".
     """
     directory = Path(out) / (name or name_of(record["step"]))
+    if parallel.rank():
+        _write_moments(parallel.from_first(None), optimizer)
+        parallel.largest(0)
+        return directory
     tensors = {}
     for name, p in model.named_parameters():
         tensors |= stored_tensors(model, name, p)
     with replacing(directory, mark="train.json") as aside:
         aside.mkdir(parents=True)
         write_model(aside, model.config, tokenizer, tensors)
-        safetensors.write(aside / OPTIMIZER, optimizer.tensors())
         write_json(aside / "train.json", {"format": FORMAT, "optimizer_steps": optimizer.steps, **record})
+        pieces = {piece.name: piece for piece in optimizer.pieces()}
+        entries = {name: (p.tensor.dtype, (p.rows, *p.tensor.shape[1:])) for name, p in pieces.items()}
+        safetensors.lay_out(aside / OPTIMIZER, entries)
+        _write_moments(parallel.from_first(aside), optimizer)
+        parallel.largest(0)  # all have written theirs
     return directory
+
+
+def _write_moments(directory, optimizer):
+    """Each process writes its rows into one file."""
+    pieces = [(piece.name, piece.first, piece.tensor) for piece in optimizer.pieces()]
+    safetensors.write_rows(directory / OPTIMIZER, pieces, OPTIMIZER)
 
 
 def read_moments(directory, optimizer):
@@ -312,14 +327,14 @@ def read_moments(directory, optimizer):
     path = directory / "train.json"
     record = read_json(path)
     older = _is_older(record, path)
-    file, wanted = safetensors.SafeFile(existing(directory / OPTIMIZER)), optimizer.tensors()
-    differing = sorted(file.entries.keys() ^ wanted.keys())
+    file, wanted = safetensors.SafeFile(existing(directory / OPTIMIZER)), list(optimizer.pieces())
+    differing = sorted(file.entries.keys() ^ {piece.name for piece in wanted})
     if differing:
         raise ValueError(f"{file.path}: other moments than this run's: {_some(differing)}")
-    for name, tensor in wanted.items():
-        if file.entries[name] != (tensor.dtype, tuple(tensor.shape)):
+    for name, tensor, first, rows in wanted:
+        if file.entries[name] != (tensor.dtype, (rows, *tensor.shape[1:])):
             raise ValueError(f"{file.path}: {name!r} is {file.entries[name]}, this run needs {tensor.dtype}")
-        tensor.copy_(file[name])
+        tensor.copy_(file[name][first : first + len(tensor)])
         if older and name.endswith("sqrt_exp_avg_sq.qdata") and tensor.dtype == torch.uint8:
             tensor |= 0x88
     optimizer.steps = number_in(record, "optimizer_steps", path)

@@ -100,17 +100,36 @@ def _entry(entry, where):
 
 
 def write(path, tensors, metadata=None):
-    """Write {name: tensor} to `path`, largest items first and then by name; complete or not at all."""
-    path, order = Path(path), sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    """Write {name: tensor} to `path`; complete or not at all."""
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with replacing(path) as aside:
+        lay_out(aside, entries, metadata)
+        write_rows(aside, [(name, 0, tensor) for name, tensor in tensors.items()], Path(path).name)
+
+
+def lay_out(path, entries, metadata=None):
+    """Make a file for tensors {name: (dtype, shape)}, largest items first and then by name, whose bytes are
+    still to be written."""
     header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
-    for name in order:
-        size = tensors[name].numel() * tensors[name].element_size()
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
+    for name in sorted(entries, key=lambda name: (-entries[name][0].itemsize, name)):
+        dtype, shape = entries[name]
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as aside, open(aside, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in watched(order, f"writing {path.name}"):
-            write_tensor(file, tensors[name])
+        file.truncate(8 + len(text) + at)
+
+
+def write_rows(path, pieces, shown):
+    """Write some rows of tensors, [(name, first row, rows)], into a file that is laid out: rows of a tensor
+    are one stretch of it, so several processes may write one file. shown: its name, for who waits."""
+    file = SafeFile(path)
+    begins = {name: begin for name, (begin, _) in file.places.items()}
+    pieces = sorted(pieces, key=lambda piece: (begins[piece[0]], piece[1]))
+    with open(path, "r+b") as into:
+        for name, first, rows in watched(pieces, f"writing {shown}"):
+            into.seek(begins[name] + first * math.prod(rows.shape[1:]) * rows.element_size())
+            write_tensor(into, rows)

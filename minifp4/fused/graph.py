@@ -9,21 +9,27 @@ an update computes much and a matrix product leaves parts of the GPU idle, at it
 small. A gradient then lives until its update is over, so a few may wait (`BEHIND`).
 """
 
+import contextlib
 from functools import partial
 
 import torch
 
 from ..memory import Shortage
+from ..parallel import ranks
 
 BEHIND = 2**27  # bytes of gradients that may wait for their update in a recorded step
 GRAPHS = 8  # shapes of batches that are recorded; others run kernel by kernel
 SMALL = 2**16  # tokens; the kernels of a larger batch take longer than launching them
 
 
-def record(step):
-    """Let the `Step` record itself; returns its `Recorder`."""
+def record(step, recorded=True):
+    """Let the `Step` record itself; returns its `Recorder`.
+
+    recorded: False leaves it to run kernel by kernel; of several processes only the updates, and what they
+    send each other, run beside the backward pass.
+    """
     step.loss = partial(step.loss, select=False)  # the number of learned tokens is not read back
-    recorder = Recorder(step)
+    recorder = Recorder(step, GRAPHS if recorded else 0)
     step.run, step.close = recorder, recorder.close
     return recorder
 
@@ -31,24 +37,31 @@ def record(step):
 class Recorder:
     """`Step.run`, recorded and replayed."""
 
-    def __init__(self, step):
-        self.step, self.plain_run, self.plain_close = step, step.run, step.close
+    def __init__(self, step, graphs):
+        self.step, self.plain_run, self.plain_close, self.graphs = step, step.run, step.close, graphs
         self.seen, self.recorded, self.pool = set(), {}, None
-        self.beside, self.waiting = None, []  # the stream of updates; [(event after it, gradient)]
+        self.stream, self.waiting = None, []  # of updates; [(event after it, gradient)]
 
     def __call__(self, batches):
         shape = tuple(part.shape for part in batches[0])
         if len(batches) > 1 or shape[0].numel() > SMALL:
-            return self.plain_run(batches)
+            return self._run(batches)
         if shape in self.seen and shape not in self.recorded:  # all its kernels are compiled now
             if all(shape[0].numel() > other[0].numel() for other in self.recorded):
                 self.forget()
-            if len(self.recorded) < GRAPHS:
+            if len(self.recorded) < self.graphs:
                 self.recorded[shape] = self._record(batches[0])
         self.seen.add(shape)
         if recorded := self.recorded.get(shape):
             return self._replay(*recorded, batches[0])
-        return self.plain_run(batches)
+        return self._run(batches)
+
+    def _run(self, batches):
+        """The step, not recorded."""
+        if ranks() == 1 or not self.step.in_backward:
+            return self.plain_run(batches)
+        with self._beside():
+            return self._run_beside(batches)
 
     def close(self):
         """`Step.close`; forget recorded steps."""
@@ -69,39 +82,51 @@ class Recorder:
         None if a recorded step finds too little memory: what it allocates is its own.
         """
         inputs = [tensor.clone() for tensor in batch]
-        graph, self.beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        plain_update, self.step.update = self.step.update, self._update
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(priority=-1)
+        # With others, NCCL has threads that look at what runs, which is no part of what is recorded.
+        mode = "global" if ranks() == 1 else "thread_local"
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.Stream(priority=-1)):
+            with (
+                self._beside(),
+                torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode=mode),
+            ):
                 outputs = self._run_beside([inputs])
         except (Shortage, torch.OutOfMemoryError):
             self.step.optimizer.zero_grad()
             return None
-        finally:
-            self.beside, self.step.update = None, plain_update
-            self.waiting.clear()
         self.pool = graph.pool()
         return graph, inputs, outputs
+
+    @contextlib.contextmanager
+    def _beside(self):
+        """Updates run on a stream of their own."""
+        self.stream = self.stream or torch.cuda.Stream()
+        plain_update, self.step.update = self.step.update, self._update
+        try:
+            yield
+        finally:
+            self.step.update = plain_update
+            self.waiting.clear()
 
     def _run_beside(self, batches):
         """The step with updates on a stream of their own. Both belong to the recorded step, however it
         ends."""
         main = torch.cuda.current_stream()
-        self.beside.wait_stream(main)
+        self.stream.wait_stream(main)
         try:
             total = self.step.accumulate(batches)
             self._let_finish(0)
             return self.step.finish(total)
         finally:
-            main.wait_stream(self.beside)
+            main.wait_stream(self.stream)
 
     def _update(self, name, gradient, first_row=0):
         """`Step.update`."""
         self.step.count([gradient, *(waiting for _, waiting in self.waiting)])
-        self.beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.beside):
-            self.step.optimizer.update(name, gradient, self.step.ok, first_row)
-        self.waiting.append((self.beside.record_event(), gradient))
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.step.renew(name, gradient, first_row)
+        self.waiting.append((self.stream.record_event(), gradient))
         self._let_finish(BEHIND)
 
     def _let_finish(self, size):

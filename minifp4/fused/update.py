@@ -249,43 +249,48 @@ def flat(x):
 
 
 class Update:
-    """What `layers.fuse` puts into an `AdamW`: `survey`, `pieces` and `update_rows` in compiled code."""
+    """What `layers.fuse` puts into an `AdamW`: `survey`, `chunks` and `update_rows` in compiled code."""
 
     def __init__(self, optimizer):
         self.optimizer, self.plain = optimizer, optimizer.update_rows
-        self.stores = {}
-        for name, stores in optimizer.stores.items():
-            if all(type(store) in TWINS for store in stores):
-                twins = self.stores[name] = [TWINS[type(store)](store) for store in stores]
+        self.twins = {}
+        for part in self._parts():
+            if all(type(store) in TWINS for store in part.stores):
+                twins = [TWINS[type(store)](store) for store in part.stores]
                 if isinstance(twins[1], MomentTwin):  # one tensor, so that a kernel finds rows once for both
                     twins[2].rows_a_block = twins[1].rows_a_block
+                self.twins[part.name, part.rows.start] = twins
         self._update = compiled(update, ONE_KERNEL, A_BLOCK_A_THREAD)
         self._survey = compiled(survey)
 
+    def _parts(self):
+        return [part for parts in self.optimizer.parts.values() for part in parts]
+
     def unknown(self):
         """The kinds of storage that have no kernel, by name."""
-        kinds = {type(store) for stores in self.optimizer.stores.values() for store in stores}
+        kinds = {type(store) for part in self._parts() for store in part.stores}
         return sorted(kind.__name__ for kind in kinds - TWINS.keys())
 
     def survey(self, grad):
         return Survey(*self._survey(pairs(grad), self.optimizer.squares, grad.dtype))
 
-    def pieces(self, grad):
+    def chunks(self, grad):
         """The rows for one kernel."""
         return row_chunks(grad, self.optimizer.chunk_rows or max(1, LAUNCH // grad.shape[1]))
 
-    def update_rows(self, name, rows, grad, survey, hyper, ok):
-        optimizer, stores = self.optimizer, self.stores.get(name)
+    def update_rows(self, part, rows, grad, survey, hyper, ok):
+        optimizer, stores = self.optimizer, self.twins.get((part.name, part.rows.start))
         if stores is None:
-            self.plain(name, rows, grad, survey, hyper, ok)
+            self.plain(part, rows, grad, survey, hyper, ok)
             return
         parts = [store.rows(rows) for store in stores]
         gradient = Gradient(pairs(one_block_a_row(grad)), grad.dtype, *survey)
         movement = self._movement(len(gradient.data))
         kept = (tensor for part in parts for tensor in part.values())
         any_length(gradient.data, gradient.largest, *movement, *kept)
-        first = optimizer.zero + rows.start * grad.shape[1] if rows.start else optimizer.zero
-        draw = Draw(optimizer.key(name), first) if optimizer.stochastic else None
+        number = part.rows.start + rows.start
+        first = optimizer.zero + number * grad.shape[1] if number else optimizer.zero
+        draw = Draw(optimizer.key(part.name), first) if optimizer.stochastic else None
         self._update(stores, parts, gradient, draw, hyper, ok, *movement)
 
     def _movement(self, blocks):
@@ -300,7 +305,8 @@ class Update:
 def fuse_optimizer(optimizer):
     """Let `optimizer` update by compiled code; prints a line for storages that have none."""
     fused = Update(optimizer)
-    optimizer.survey, optimizer.pieces, optimizer.update_rows = fused.survey, fused.pieces, fused.update_rows
-    optimizer.movement = torch.zeros(2, 64, device=optimizer.movement.device)  # by block of 16 in a piece
+    optimizer.survey, optimizer.chunks, optimizer.update_rows = fused.survey, fused.chunks, fused.update_rows
+    optimizer.movement = torch.zeros(2, 64, device=optimizer.movement.device)  # by block of 16 in a chunk
+    optimizer.uncounted = optimizer.movement.clone(), optimizer.squares.clone()
     if fused.unknown():
         print(f"note    {', '.join(fused.unknown())} has no kernel: its updates run uncompiled")

@@ -42,6 +42,8 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head_dim, vocabular
     "1.7B": (2048, 6144, 28, 16, 8, 128, 151936),
     "4B": (2560, 9728, 36, 32, 8, 128, 151936),
     "8B": (4096, 12288, 36, 32, 8, 128, 151936),
+    "14B": (5120, 17408, 40, 40, 8, 128, 151936),
+    "32B": (5120, 25600, 64, 64, 8, 128, 151936),
 }
 OURS = {"minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4"), "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4"),
         "minifp4 bf16 + int8": ("bf16", "int8")}  # fmt: skip
@@ -90,8 +92,8 @@ def ours(config, what, device):
     return run
 
 
-def theirs(config, what, device):
-    """The same for a baseline; ImportError if a package is missing."""
+def their_parts(config, what, device):
+    """(model, optimizer) of a baseline; ImportError if a package is missing."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     if "torchao" in what:
@@ -109,6 +111,12 @@ def theirs(config, what, device):
         optimizer = kind(model.parameters(), lr=1e-5, betas=(0.9, 0.95), bf16_stochastic_round=True)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+    return model, optimizer
+
+
+def theirs(config, what, device):
+    """The same for a baseline."""
+    model, optimizer = their_parts(config, what, device)
 
     def run(batch, kept):
         ids, labels, *spans = batch if isinstance(batch, tuple) else (batch, batch)
