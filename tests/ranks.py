@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import small_model
 
 from minifp4 import AdamW, linear, masters, parallel
+from minifp4.files.atomic import bits
 from minifp4.fused import fuse, record
 from minifp4.packed import Packed
 from minifp4.step import Step
@@ -58,13 +61,15 @@ def trained(case, parts, device, steps=STEPS, spoil=False):
         if spoil and number == steps - 1 and parallel.rank() == parallel.ranks() - 1:
             step.loss = lambda *args, **how: model.loss(*args, **how) * torch.nan
         losses.append(step(mine)[0].item())
-    tensors = {f"{name}.{part}": tensor.view(torch.uint8) for name, p in model.named_parameters()
-               for part, tensor in (p.tensors() if isinstance(p, Packed) else {"data": p.detach()}).items()
-               if tensor.dim()}  # fmt: skip
-    pieces = [(*piece[:1], piece.tensor.view(torch.uint8), *piece[2:]) for piece in optimizer.pieces()]
+    step.close()
+    weights = {}
+    for name, p in model.named_parameters():
+        parts = p.tensors() if isinstance(p, Packed) else {"data": p.detach()}
+        weights |= {f"{name}.{part}": bits(tensor) for part, tensor in parts.items()}
+    moments = [(piece.name, piece.first, piece.rows, bits(piece.tensor)) for piece in optimizer.pieces()]
     told = {"losses": losses, "moved": optimizer.moved(), "floored": optimizer.floored(),
             "skipped": step.skipped.item(), "bytes": optimizer.nbytes()}  # fmt: skip
-    return {"weights": tensors, "moments": pieces, **told}
+    return {"weights": weights, "moments": moments, **told}
 
 
 def main():
@@ -88,5 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

@@ -28,13 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import place, seconds
+from timing import place, recorded, seconds
 from train_step import config_of, our_model, their_parts
 
 import minifp4
 from minifp4 import parallel
 from minifp4.fused import fuse, record
-from minifp4.memory import one_growing_segment
+from minifp4.memory import Memory, one_growing_segment
 from minifp4.packed import Packed
 from minifp4.step import Step
 
@@ -48,21 +48,21 @@ def silent():
 
 def exchange(model):
     """All that a step sends for the matrices."""
+    dtype, device = model.model.compute_dtype, model.device
     for p in model.parameters():
-        if isinstance(p, Packed):
-            for rows in parallel.stretches(len(p)):
-                parallel.add_up_own(torch.zeros(rows.stop - rows.start, p.shape[1], dtype=torch.bfloat16,
-                                                device=p.device))  # fmt: skip
-                parallel.gather(p, rows.start, rows.stop - rows.start)
+        for rows in parallel.stretches(len(p)) if isinstance(p, Packed) else ():
+            count = rows.stop - rows.start
+            parallel.add_up_own(torch.zeros(count, p.shape[1], dtype=dtype, device=device))
+            parallel.gather(p, rows.start, count)
 
 
 def timed(run, batch, device, steps):
-    """Median seconds of a step, after two that compile and record and one more."""
+    """Median seconds of a step."""
     parallel.largest(0)
-    return statistics.median(seconds(lambda: run(batch), device, steps))
+    return statistics.median(seconds(lambda: run(batch), device, steps, 2))
 
 
-def ours(config, device, recorded):
+def ours(config, device, recording):
     one_growing_segment()
     torch.manual_seed(0)  # the same weights everywhere
     model = our_model(config, "nvfp4", device)
@@ -71,7 +71,7 @@ def ours(config, device, recorded):
     model.model.activation_checkpointing = True
     if device == "cuda":
         fuse(model, optimizer)
-        recorder = record(step, recorded)
+        recorder = record(step, recording)
     return model, recorder, lambda ids: step([(ids, ids)])
 
 
@@ -101,6 +101,8 @@ def measure(chosen):
     parallel.start("cpu" if chosen.quick else None)
     device, rows = "cpu" if chosen.quick else "cuda", []
     config, recorder = config_of(chosen.size), None
+    if chosen.memory_limit_gb:
+        Memory(torch.device(device, torch.cuda.current_device()), chosen.memory_limit_gb)
     if chosen.theirs:
         run = of_hugging_face(config, device)
     else:
@@ -108,7 +110,9 @@ def measure(chosen):
     for batch, tokens in chosen.batches:
         generator = torch.Generator().manual_seed(parallel.rank())
         ids = torch.randint(0, config.vocab_size, (batch, tokens), generator=generator).to(device)
+        run(ids)  # compiles
         if device == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         row = {"what": "HF + DDP" if chosen.theirs else "minifp4", "size": chosen.size,
                "gpus": parallel.ranks(), "batch": f"{batch}x{tokens}",
@@ -118,7 +122,9 @@ def measure(chosen):
         row["gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
         row["gone_gib"] = gone(device) / 2**30 if device == "cuda" else 0.0
         if parallel.ranks() > 1 and not chosen.theirs and not chosen.short:
-            row["sent_ms"] = 1e3 * statistics.median(seconds(lambda: exchange(model), device, 3, 1))
+            all_of_it = recorded(lambda: exchange(model), device, "thread_local")
+            row["sent_ms"] = 1e3 * statistics.median(seconds(all_of_it, device, 3, 1))
+            del all_of_it
             if recorder:
                 recorder.forget()
             with silent():
@@ -160,6 +166,7 @@ def main():
     parser.add_argument("--short", action="store_true", help="only the step")
     parser.add_argument("--profile", action="store_true", help="also the kernels of the last batch's step")
     parser.add_argument("--no-cuda-graph", action="store_true")
+    parser.add_argument("--memory-limit-gb", type=float, help="torch may take no more of each GPU (GiB)")
     parser.add_argument("--theirs", action="store_true", help="Hugging Face instead")
     parser.add_argument("--json", type=Path, help="write the results here")
     chosen = parser.parse_args()
@@ -181,6 +188,8 @@ def main():
                 numbers = Path(folder) / "rows.json"
                 switches = "--quick", "--short", "--profile", "--no-cuda-graph", "--theirs"
                 flags = [word for word in sys.argv[1:] if word in switches]
+                if chosen.memory_limit_gb:
+                    flags += ["--memory-limit-gb", str(chosen.memory_limit_gb)]
                 flags += ["--size", size, "--steps", str(chosen.steps), "--json", str(numbers)]
                 flags += [flag for word in words for flag in ("--batch", word)]
                 torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]

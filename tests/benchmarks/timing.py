@@ -19,13 +19,13 @@ def seconds(function, device, repeats, warm_up=3):
     return times[warm_up:]
 
 
-def recorded(function, device):
-    """The function as a CUDA graph, so that its time is the GPU's and not Python's."""
+def recorded(function, device, mode="global"):
+    """The function as a CUDA graph, so that its time is the GPU's and not Python's; mode: of the capture."""
     if device != "cuda":
         return function
     function()  # compiles
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         function()
 
     def replay(function=function):  # whose tensors must live as long
