@@ -55,12 +55,18 @@ def start(name):
         torch.cuda.set_device(device)
         # A recorded step must not depend on what the others record.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        # Each would compile with as many threads as if it had the machine for itself.
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, threads)))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT, device_id=device)
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the {launched()} processes cannot meet at {where} ({reason})") from None
+        raise ValueError(
+            f"the {launched()} processes cannot meet at {where} ({reason}); torchrun --standalone finds a free "
+            "port"
+        ) from None
 
 
 def close():

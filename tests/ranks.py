@@ -22,7 +22,7 @@ from minifp4.fused import fuse, record
 from minifp4.packed import Packed
 from minifp4.step import Step
 
-STEPS = 3
+STEPS = 2
 CASES = list(itertools.product(
     ("untied", "tied"), ("nvfp4", "nvfp4x2", "bf16"), (torch.float32, torch.bfloat16),
     ("plain", "in backward"),
@@ -77,6 +77,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", type=int)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="cases with this in their names")
     chosen = parser.parse_args()
     parallel.start(chosen.device)
     device = torch.device(parallel.own_device(chosen.device))
@@ -84,6 +85,7 @@ def main():
     torch.set_num_threads(1)
     parts = chosen.parts or parallel.ranks()
     cases = CASES if device.type == "cpu" else [case for case in CASES if case[:3] in ON_GPUS]
+    cases = [case for case in cases if chosen.only in str(case)]
     found = {str(case): trained(case, parts, device) for case in cases}
     for how in ("plain", "in backward") if device.type == "cpu" else ():
         spoil = parallel.ranks() > 1  # a process that has others to spoil it for
