@@ -32,7 +32,7 @@ from minifp4.cli import (
 )  # fmt: skip
 from minifp4.files import checkpoint
 from minifp4.files.atomic import check_replaceable, only_user, remove
-from minifp4.memory import Memory
+from minifp4.memory import Memory, one_growing_segment
 from minifp4.packed import Packed, bytes_of
 from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
@@ -123,6 +123,7 @@ FREE = {
 
 def main(settings):
     """Train as `settings` say; returns the path of the last checkpoint."""
+    one_growing_segment()  # nothing is on a GPU yet
     check(settings)
     for one, other in (("epochs", "steps"), ("batch_tokens", "batch_size"), ("eval_data", "eval_share")):
         if {one, other} <= given(settings):
@@ -542,6 +543,8 @@ def train(step, batches, held, settings, start, save, watch):
                 raise ValueError(f"all {skipped} steps were skipped: the loss or the gradient is not finite")
             if stopped and done < settings.steps:
                 print(f"saved   {save(done)}; --resume goes on from there")
+                step.close()
+                parallel.close()
                 sys.exit(128 + stopped)
             if held and (done % every == 0 or done == settings.steps):
                 with watch.paused():

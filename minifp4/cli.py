@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import types
 from dataclasses import field
 from functools import partial
@@ -189,34 +190,41 @@ def stopping():
             signal.signal(one, old)
 
 
-def fail(error):
-    """Say what is wrong, once of all processes, and end."""
-    if parallel.first_to_fail():
-        where = f"process {os.environ['RANK']}: " if parallel.launched() > 1 else ""
-        print(f"error: {where}{error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def explained(error):
+    """(a line, the exit status) for what is not a mistake of this program; None for what is."""
+    where = f"process {os.environ['RANK']}: " if parallel.launched() > 1 else ""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, (ValueError, OSError)):
+        return f"error: {where}{error}", 2
+    if parallel.lost(error):
+        why = str(error).splitlines()[0]
+        return f"error: {where}another process has ended ({why}); --resume goes on from what is saved", 2
+    if type(error).__name__ == "PanicException":  # of the tokenizer's Rust, which is no Exception
+        return f"error: {where}the tokenizer failed: {error}", 2
+    return None
 
 
 def run(main, kind, text):
-    """The frame of a program: parse, run `main`, and turn a user's mistake into one line and status 2."""
+    """The frame of a program: parse, run `main`, and turn a user's mistake into one line and status 2; of
+    several processes the first one with a mistake tells it."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Console, before)
     try:
         main(parse(kind, sys.argv[1:], text))
         parallel.close()
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        if parallel.first_to_fail():
-            print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit:
+        raise
     except BaseException as error:
-        if parallel.lost(error):
-            why = str(error).splitlines()[0]
-            fail(f"another process has ended ({why}); --resume goes on from what is saved")
-        if type(error).__name__ != "PanicException":  # of the tokenizer's Rust, which is no Exception
+        known, alone = explained(error), parallel.launched() == 1
+        if alone and not known:
             raise
-        fail(f"the tokenizer failed: {error}")
+        line, status = known or (traceback.format_exc(), 1)
+        if not known or parallel.first_to_fail():
+            print(line, file=sys.stderr, flush=True)
+        if not alone:
+            os._exit(status)  # at an ordinary end it may wait for the others
+        sys.exit(status)
     finally:
         sys.stdout.flush()  # here a reader who has gone is still no matter
         sys.stdout, sys.stderr = before

@@ -53,8 +53,6 @@ class Memory:
     def __init__(self, device, limit_gib=None, in_use=()):
         self.device, self.limit_gib, self.phases, self.current = device, limit_gib, {}, "load"
         self.in_use = in_use
-        if device.type == "cuda":
-            one_growing_segment()
         self.base = 0 if device.type == "cuda" else self.now()[0]  # the limit of a process is beside this
         if limit_gib is None:
             return

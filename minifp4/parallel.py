@@ -64,13 +64,14 @@ def start(name):
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the {launched()} processes cannot meet at {where} ({reason}); torchrun --standalone finds a free "
-            "port"
+            f"the {launched()} processes cannot meet at {where} ({reason}); torchrun --standalone finds a "
+            "free port"
         ) from None
 
 
 def close():
-    """Part from the other processes, when all have come to their end."""
+    """Part from the other processes, when all have come to their end (and recorded steps are gone: NCCL would
+    wait for them)."""
     if met():
         largest(0)
         dist.destroy_process_group()

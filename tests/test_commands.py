@@ -293,7 +293,6 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
             ["train.py", "--step-in-backward", "--grad-clip", "1"],
             "--grad-clip 1 needs the norm of all gradients",
         ),
-        (["train.py", "--step-in-backward", "--grad-accum", "2"], "other parts of --grad-accum 2"),
         (["train.py", "--device", "cpu", "--cuda-graph"], "only CUDA has graphs"),
         (["train.py", "--keep-activations", "2"], "--keep-activations 2 is for --activation-checkpointing"),
         (["train.py", "--finer-ends"], "--finer-ends is for --master-dtype nvfp4, not nvfp4x2"),

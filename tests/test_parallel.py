@@ -25,15 +25,14 @@ def command(processes, *words):
 
 
 def run(processes, *words):
-    done = subprocess.run(
-        command(processes, *words), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    how = {"cwd": ROOT, "env": ENVIRONMENT, "text": True}
+    done = subprocess.run(command(processes, *words), capture_output=True, timeout=120, **how)
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def trained(request, tmp_path_factory):
-    """(what one process has, with that many parts in each step, what each of several has), as of `ranks.py`."""
+    """(what one process has, with that many parts in each step; what each of several has), of `ranks.py`."""
     folder, count = tmp_path_factory.mktemp("ranks"), request.param
     for processes in (1, count):
         status, _, said = run(processes, "tests/ranks.py", folder, "--parts", count)
@@ -89,7 +88,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     model = small_directory(folder / "model", small_model())
     data = folder / "data.tsv"
-    data.write_text("".join(f"Hello {'very ' * (n % 5)}{n}\tHi {n + 1}!\n" for n in range(24)), encoding="utf-8")
+    data.write_text("".join(f"Hello {'very ' * (n % 5)}{n}\tHi {n + 1}!\n" for n in range(24)))
     words = ["train.py", "--model", model, "--train-data", data, "--lr", "1e-2", "--train-lm-head",
              "--train-embed", "--device", "cpu", "--test-max-tokens", "1", "--grad-clip", "0", "--steps", "4",
              "--keep", "9"]  # fmt: skip
@@ -131,9 +130,8 @@ def names(directory):
 def started(words, out):
     """A run of two processes that would take long, once it has saved a checkpoint."""
     words = [*words, "--batch-size", "4", "--steps", "5000", "--save-every", "1", "--keep", "2", "--out", out]
-    process = subprocess.Popen(
-        command(2, *words), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    how = {"cwd": ROOT, "env": ENVIRONMENT, "text": True}
+    process = subprocess.Popen(command(2, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
     until = time.monotonic() + 60
     while not list(out.glob("step-*/train.json")):
         assert process.poll() is None and time.monotonic() < until, process.communicate()
@@ -143,7 +141,7 @@ def started(words, out):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_when_one_is_killed_the_others_end(start):
-    """Within a minute, with one line that says why; the last checkpoint is whole, and nothing else is left."""
+    """Within a minute, with one line that says why; the last checkpoint is whole, nothing else is left."""
     folder, words = start
     process = started(words, folder / "killed")
     children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
@@ -212,5 +210,5 @@ def test_an_address_where_nobody_answers(monkeypatch):
         other.listen()
         for name, value in {**taken, "MASTER_PORT": other.getsockname()[1]}.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(ValueError, match="the 2 processes cannot meet at localhost:.*torchrun --standalone"):
+        with pytest.raises(ValueError, match="the 2 processes cannot meet at localhost:.*--standalone"):
             parallel.start("cpu")

@@ -74,6 +74,17 @@ def test_transformers_sees_a_packed_row_as_we_do():
     assert (found - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
+def test_the_parts_of_a_step_joined_are_the_parts():
+    """`--step-in-backward` cannot wait for the next part, and takes all as one row."""
+    model, rows = small_model(), Rows(SOME, PAD, size=32)
+    loss, expected = gradients(model, rows.mine(range(3), "cpu"))
+    joined = rows.mine(range(3), "cpu", joined=True)
+    assert [ids.shape for ids, *_ in joined] == [(1, 96)]
+    found, gradient = gradients(model, joined)
+    assert abs(loss - found) < 1e-6 * loss
+    assert all((gradient[name] - g).norm() < 1e-6 * g.norm() + 1e-9 for name, g in expected.items())
+
+
 def test_positions_start_anew():
     spans = Spans(torch.tensor([0, 3, 5, 9, 9, 9], dtype=torch.int32), 4)
     assert spans.positions(9).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
