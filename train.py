@@ -2,6 +2,7 @@
 
     python train.py --steps 6 --train-lm-head --train-embed      the bundled model learns a new name
     python train.py --model DIR --train-data FILE --steps 200    your Qwen3, your data
+    torchrun --standalone --nproc-per-node 4 train.py ...        the same on four GPUs
     python export.py                                             then: checkpoints that other programs load
 
 Each step: read a batch, run the model forward and backward through its 4-bit weights, update the weights
@@ -124,19 +125,11 @@ FREE = {
 def main(settings):
     """Train as `settings` say; returns the path of the last checkpoint."""
     one_growing_segment()  # nothing is on a GPU yet
-    check(settings)
-    for one, other in (("epochs", "steps"), ("batch_tokens", "batch_size"), ("eval_data", "eval_share")):
-        if {one, other} <= given(settings):
-            raise ValueError(f"{spellings(one)[0]} and {spellings(other)[0]} exclude each other")
     parallel.start(settings.device)
     if parallel.rank():  # the first process speaks, and writes
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, to the end
-    settings, source = find_start(settings)
-    device = choose_device(settings.device)
-    settings = replace(settings, **batch_of(settings, device))
-    check_together(settings, device)
-    parallel.check_same(version=minifp4.__version__, torch=torch.__version__, **numbers_of(settings))
-    asked, settings = settings, replace_unset(settings, device)
+    asked, source, device = settle(settings)
+    settings = replace_unset(asked, device)
     memory = Memory(device, settings.memory_limit_gb, in_use(settings))
     with memory.phase("load"):
         check_memory(settings, source, device)
@@ -174,20 +167,40 @@ def main(settings):
         path = save(end)  # before anything else can go wrong
         with memory.phase("answer"):
             ask("after", model, tokenizer, prompts, settings, data, answers)
-        if parallel.rank():
-            return path
-        print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
-        if settings.output_dat:
-            checkpoint.write_dat(Path(settings.output_dat), model, settings.input_dat, optimizer.parameters)
-            print(f"saved   {settings.output_dat}")
-        if settings.memory_report:
-            report_memory(Path(settings.memory_report), memory, step)
-    if held and save.best.step and save.best.step != end:
+        if parallel.rank() == 0:
+            finish(settings, step, memory, path, best if best.step != end else None)
+    return path
+
+
+def settle(settings):
+    """(what is asked for, the checkpoint to resume from or None, the device), before anything is loaded."""
+    check(settings)
+    for one, other in (("epochs", "steps"), ("batch_tokens", "batch_size"), ("eval_data", "eval_share")):
+        if {one, other} <= given(settings):
+            raise ValueError(f"{spellings(one)[0]} and {spellings(other)[0]} exclude each other")
+    settings, source = find_start(settings)
+    device = choose_device(settings.device)
+    settings = replace(settings, **batch_of(settings, device))
+    check_together(settings, device)
+    parallel.check_same(version=minifp4.__version__, torch=torch.__version__, **numbers_of(settings))
+    return settings, source, device
+
+
+def finish(settings, step, memory, path, best):
+    """Write what else is asked for, and say what there is now; best: `heldout.Best` of another step, or
+    None."""
+    print(f"saved   {path} ({directory_size(path) / 2**20:.1f} MiB)")
+    if settings.output_dat:
+        trained = step.optimizer.parameters
+        checkpoint.write_dat(Path(settings.output_dat), step.model, settings.input_dat, trained)
+        print(f"saved   {settings.output_dat}")
+    if settings.memory_report:
+        report_memory(Path(settings.memory_report), memory, step)
+    if best and best.step:
         where = Path(settings.out) / checkpoint.BEST
-        print(f"best    {where}: step {save.best.step}, held-out loss {save.best.loss:.4f}; export.py --best")
+        print(f"best    {where}: step {best.step}, held-out loss {best.loss:.4f}; export.py --best")
     usual = settings.out == "out" and checkpoint.model_directory("out") == path
     print("next    python export.py" + ("" if usual else f" --checkpoint {shlex.quote(str(path))}"))
-    return path
 
 
 def check_memory(settings, source, device):

@@ -42,6 +42,11 @@ def launched():
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def launched_here():
+    """How many of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched()))
+
+
 def start(name):
     """Meet the other processes, if torchrun has started some; ValueError says why they cannot meet.
 
@@ -56,7 +61,7 @@ def start(name):
         # A recorded step must not depend on what the others record.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         # Each would compile with as many threads as if it had the machine for itself.
-        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        threads = max(1, (os.cpu_count() or 1) // launched_here())
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, threads)))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT, device_id=device)
@@ -83,11 +88,11 @@ def own_device(name):
         return name
     if name not in (None, "cuda"):
         raise ValueError(f"--device {name}: {launched()} processes need a device each; leave the number out")
-    here, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    here, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if number >= here:
         raise ValueError(
-            f"torchrun has started {os.environ['LOCAL_WORLD_SIZE']} processes here, and there are {here} "
-            f"GPUs; give --nproc-per-node {here}, or --device cpu"
+            f"torchrun has started {launched_here()} processes here, and there are {here} GPUs; give "
+            f"--nproc-per-node {here}, or --device cpu"
         )
     return f"cuda:{number}"
 
@@ -219,7 +224,7 @@ def first_to_fail():
     if launched() == 1:
         return True
     try:
-        store, *_ = next(dist.rendezvous("env://"))
+        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=10)))
         return store.add("minifp4/failed", 1) == 1
     except (dist.DistError, RuntimeError, ValueError):  # nobody there to ask
         return True

@@ -357,6 +357,7 @@ def test_the_readme_names_the_kinds_and_flags_that_there_are():
              for word in cli.spellings(field.name)}  # fmt: skip
     named = set(re.findall(r"(?<![-|])--[a-z][a-z-]+", text))
     elsewhere = {"--help", "--local-dir", "--long", "--quick"}  # of hf, pytest, quality.py
+    elsewhere |= {"--standalone", "--nproc-per-node"}  # of torchrun
     assert named - elsewhere <= known
 
 
