@@ -175,11 +175,11 @@ class AdamW:
         """The `Part`s of a parameter [rows, K]."""
         kind, found = (self.state if self.parameters[name].dim() == 2 else "fp32"), []
         for stretch in stretches(len(p)):
-            rows = own(stretch) or stretch
+            mine = own(stretch)
+            rows = mine or stretch
             weight = p.part(rows) if isinstance(p, Packed) else p[rows]
             moments = (zeros(kind, weight.shape, p.device, positive) for positive in (False, True))
-            counts = own(stretch) is not None or rank() == 0
-            found.append(Part(name, rows, (master(weight), *moments), counts))
+            found.append(Part(name, rows, (master(weight), *moments), bool(mine or rank() == 0)))
         return found
 
     def pieces(self):

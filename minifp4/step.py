@@ -12,6 +12,9 @@ at a time; only if they are tied, the head's part must wait for the embedding's.
 clipping by the norm of all gradients, for it is known only when the first weights have been updated; AdamW
 bounds each update by itself.
 
+Of several processes (`parallel.py`) each updates some rows, by the sum of all gradients, and copies the
+others from those who do.
+
 Nothing is read back from the device: a step whose loss or gradient is not finite discards its own writes.
 """
 
@@ -30,7 +33,8 @@ class Step:
 
     The gradient is that of the mean loss over all tokens learned in `batches`; `norm` is its norm. A step
     whose loss or gradient is not finite leaves the weights alone and counts in `skipped`; with `in_backward`
-    those are left alone whose own gradient is not finite.
+    those are left alone whose own gradient is not finite (of head and embedding those rows; of several
+    processes each one's rows).
 
     grad_clip: largest norm of the gradient, 0: any; refused with `in_backward`. kind: of the loss.
     memory: `memory.Memory`, to record the phases.
