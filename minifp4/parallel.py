@@ -11,9 +11,10 @@ every matrix it updates only some rows, and only of these has it moments:
 
 So a weight is rounded in one place, and its codes are copied: all processes have the same weights by
 construction, whatever a network does. Gradients are added in the order of the processes, not in that in
-which they arrive, so that n processes give what one gives with `--grad-accum n`, bit for bit; a library's own
-all-reduce promises no order. Random bits depend on the step, the weight and the row (`chance.py`), so it does
-not matter who has which rows. Vectors, and rows that cannot be divided, are updated by all alike.
+which they arrive, so that n processes give what one gives with `--grad-accum n`, bit for bit (where gradients
+are clipped, but for the last bit of their norm); a library's own all-reduce promises no order. Random bits
+depend on the step, the weight and the row (`chance.py`), so it does not matter who has which rows. Vectors,
+and rows that cannot be divided, are updated by all alike.
 
 Rows are divided by stretches, those in which head and embedding get their gradients (`linear.word_slices`).
 
