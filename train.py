@@ -34,7 +34,7 @@ from minifp4.cli import (
 from minifp4.files import checkpoint
 from minifp4.files.atomic import check_replaceable, only_user, remove
 from minifp4.memory import Memory, one_growing_segment
-from minifp4.packed import Packed, bytes_of
+from minifp4.packed import bytes_of, tensors_of
 from minifp4.step import Step
 from minifp4.storage import FLOATS, KINDS, MASTERS
 from minifp4.watch import Watch, matrix_rate, report_memory, warned
@@ -138,8 +138,10 @@ def main(settings):
         counts = choose_weights(model, settings, source, device)
         data, held = heldout.split(settings, tokenizer)
         batches = make_rows(data, settings, tokenizer)
-        held_tokens = held and held.tokens()
-        parallel.check_same(weights=fingerprint(model), data=digest(settings), held=held_tokens)
+        mark = digest(settings)
+        if parallel.ranks() > 1:  # it reads all weights
+            held_tokens = held and held.tokens()
+            parallel.check_same(weights=fingerprint(model), data=mark, held=held_tokens)
         optimizer = make_optimizer(model, settings)
         before = checkpoint.read_moments(source, optimizer) if source else {}
         start = checkpoint.number_in(before, "step", source / "train.json") if source else 0
@@ -150,7 +152,7 @@ def main(settings):
             held = heldout.HeldOut(model, held, tokenizer.end_of_text, size, settings.loss)
     describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
     record = {"trained": list(optimizer.parameters), "settings": asdict(replace(asked, steps=settings.steps)),
-              "data": digest(settings), "run": before.get("run") or secrets.token_hex(8),
+              "data": mark, "run": before.get("run") or secrets.token_hex(8),
               "command": shlex.join(["python", *sys.argv])}  # fmt: skip
     best = heldout.best_so_far(settings.out, record["run"], before)
     save = Saver(settings, step, tokenizer, record, memory, best)
@@ -413,7 +415,7 @@ def fingerprint(model):
     """Differs where the weights of two processes do."""
     sums = []
     for p in model.parameters():
-        for part in p.tensors().values() if isinstance(p, Packed) else [p.detach()]:
+        for part in tensors_of(p):
             sums.append(part.flatten().view(torch.uint8).sum(dtype=torch.int64))
     return hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()[:16]
 

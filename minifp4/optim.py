@@ -64,8 +64,7 @@ class Survey(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some rows of a parameter that this optimizer updates: all, or of several processes its own
-    (`parallel.py`)."""
+    """Rows of a parameter that this optimizer updates: all, or one of several processes' (`parallel.py`)."""
 
     name: str
     rows: slice
@@ -182,14 +181,17 @@ class AdamW:
             found.append(Part(name, rows, (master(weight), *moments), bool(mine or rank() == 0)))
         return found
 
+    def all_parts(self):
+        """Of all parameters."""
+        return [part for parts in self.parts.values() for part in parts]
+
     def pieces(self):
         """All that this optimizer remembers beside `steps`, as `Piece`s."""
-        for name, parts in self.parts.items():
-            for part in parts:
-                for moment, store in zip(("exp_avg", "sqrt_exp_avg_sq"), part.stores[1:]):
-                    for kind, tensor in store.tensors.items():
-                        rows = len(as_rows(self.parameters[name]))
-                        yield Piece(f"{name}.{moment}.{kind}", tensor, part.rows.start, rows)
+        for part in self.all_parts():
+            rows = len(as_rows(self.parameters[part.name]))
+            for moment, store in zip(("exp_avg", "sqrt_exp_avg_sq"), part.stores[1:]):
+                for kind, tensor in store.tensors.items():
+                    yield Piece(f"{part.name}.{moment}.{kind}", tensor, part.rows.start, rows)
 
     def tensors(self):
         """The same as {name: tensor}, of one process, which has all rows."""
@@ -322,7 +324,7 @@ class AdamW:
     def floored(self):
         """The share of sqrt(v) that is stored as the smallest number of its block; NaN where no block has
         one."""
-        roots = (part.stores[2] for parts in self.parts.values() for part in parts if part.counts)
+        roots = (part.stores[2] for part in self.all_parts() if part.counts)
         counts = [torch.stack(root.floored()) for root in roots if hasattr(root, "floored")]
         none = torch.zeros(2, dtype=torch.int64, device=self.zero.device)
         floored, all_of_them = add_up(sum(counts, none)).tolist()

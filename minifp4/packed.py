@@ -252,7 +252,11 @@ def stored_values(weight):
     return weight.stored() if isinstance(weight, Packed) else weight.detach()
 
 
+def tensors_of(weight):
+    """The ordinary tensors that a weight, packed or not, is in memory."""
+    return list(weight.tensors().values()) if isinstance(weight, Packed) else [weight.detach()]
+
+
 def bytes_of(weight):
     """Memory that a weight takes."""
-    tensors = weight.tensors().values() if isinstance(weight, Packed) else (weight,)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(weight))

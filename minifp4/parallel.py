@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from .linear import word_slices
-from .packed import Packed
+from .packed import tensors_of
 
 WAIT = datetime.timedelta(minutes=10)  # for another process, which may compile or read a large file
 
@@ -160,11 +160,10 @@ def gather(weight, first_row=0, count=None):
     """Bring into some rows of a weight what the other processes have made of theirs."""
     if ranks() == 1 or weight.dim() == 1:
         return
-    tensors = weight.tensors().values() if isinstance(weight, Packed) else [weight.detach()]
     for stretch in stretches(len(weight) if count is None else count):
         stretch = slice(first_row + stretch.start, first_row + stretch.stop)
         if mine := own(stretch):
-            for tensor in tensors:
+            for tensor in tensors_of(weight):
                 if tensor.dim():
                     _all_gather(tensor[stretch], tensor[mine])
 

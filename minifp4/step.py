@@ -12,8 +12,7 @@ at a time; only if they are tied, the head's part must wait for the embedding's.
 clipping by the norm of all gradients, for it is known only when the first weights have been updated; AdamW
 bounds each update by itself.
 
-Of several processes (`parallel.py`) each updates some rows, by the sum of all gradients, and copies the
-others from those who do.
+Of several processes (`parallel.py`) each updates some rows, by the sum of gradients, and is sent the others.
 
 Nothing is read back from the device: a step whose loss or gradient is not finite discards its own writes.
 """

@@ -237,7 +237,7 @@ def test_a_fused_model_trains_the_same_bits(kind, quantize, checkpointing, monke
     for model, optimizer in fused_twins(kind, monkeypatch, checkpointing, quantize):
         step = Step(model, optimizer, in_backward=True)
         losses.append([step([(IDS + number, IDS + number)])[0].item() for number in range(3)])
-        stores = [store for parts in optimizer.parts.values() for part in parts for store in part.stores]
+        stores = [store for part in optimizer.all_parts() for store in part.stores]
         stored.append(torch.cat([bits(t) for store in stores for t in store.tensors.values()]))
     assert losses[0] == losses[1] and torch.equal(*stored)
 

@@ -254,7 +254,7 @@ class Update:
     def __init__(self, optimizer):
         self.optimizer, self.plain = optimizer, optimizer.update_rows
         self.twins = {}
-        for part in self._parts():
+        for part in optimizer.all_parts():
             if all(type(store) in TWINS for store in part.stores):
                 twins = [TWINS[type(store)](store) for store in part.stores]
                 if isinstance(twins[1], MomentTwin):  # one tensor, so that a kernel finds rows once for both
@@ -263,12 +263,9 @@ class Update:
         self._update = compiled(update, ONE_KERNEL, A_BLOCK_A_THREAD)
         self._survey = compiled(survey)
 
-    def _parts(self):
-        return [part for parts in self.optimizer.parts.values() for part in parts]
-
     def unknown(self):
         """The kinds of storage that have no kernel, by name."""
-        kinds = {type(store) for part in self._parts() for store in part.stores}
+        kinds = {type(store) for part in self.optimizer.all_parts() for store in part.stores}
         return sorted(kind.__name__ for kind in kinds - TWINS.keys())
 
     def survey(self, grad):

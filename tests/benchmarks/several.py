@@ -90,10 +90,10 @@ def of_hugging_face(config, device):
     return step
 
 
-def gone(device):
+def gone():
     """Bytes of the GPU that nobody else can have."""
     free, total = torch.cuda.mem_get_info()
-    return total - free if device == "cuda" else 0
+    return total - free
 
 
 def measure(chosen):
@@ -120,7 +120,7 @@ def measure(chosen):
         row["ms"] = 1e3 * timed(run, ids, device, chosen.steps)
         row["tokens_per_second"] = parallel.ranks() * ids.numel() / row["ms"] * 1e3
         row["gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-        row["gone_gib"] = gone(device) / 2**30 if device == "cuda" else 0.0
+        row["gone_gib"] = gone() / 2**30 if device == "cuda" else 0.0
         if parallel.ranks() > 1 and not chosen.theirs and not chosen.short:
             all_of_it = recorded(lambda: exchange(model), device, "thread_local")
             row["sent_ms"] = 1e3 * statistics.median(seconds(all_of_it, device, 3, 1))
