@@ -125,9 +125,7 @@ def own(stretch):
 def add_up(tensor):
     """Make `tensor` the sum of those of all processes, in their order; returns it."""
     if ranks() > 1:
-        all_of_them = tensor.new_empty(ranks(), *tensor.shape)
-        _all_gather(all_of_them, tensor.unsqueeze(0))
-        _add(tensor, all_of_them)
+        _add(tensor, _of_all(tensor))
     return tensor
 
 
@@ -163,14 +161,19 @@ def gather(weight, first_row=0, count=None):
     for stretch in stretches(len(weight) if count is None else count):
         stretch = slice(first_row + stretch.start, first_row + stretch.stop)
         if mine := own(stretch):
-            for tensor in tensors_of(weight):
-                if tensor.dim():
-                    _all_gather(tensor[stretch], tensor[mine])
+            tensors = [tensor for tensor in tensors_of(weight) if tensor.dim()]
+            sent = torch.cat([_bytes(tensor[mine]).flatten() for tensor in tensors])
+            sizes = [tensor[mine].nbytes for tensor in tensors]
+            for tensor, part in zip(tensors, _of_all(sent).split(sizes, 1)):
+                _bytes(tensor[stretch]).view(ranks(), -1).copy_(part)
 
 
-def _all_gather(into, tensor):
+def _of_all(tensor):
+    """Every process's `tensor`, [processes, *its shape]."""
+    found = tensor.new_empty(ranks(), *tensor.shape)
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # since torch 2.13, and before
-    gather(_bytes(into), _bytes(tensor))
+    gather(_bytes(found).flatten(), _bytes(tensor).flatten())
+    return found
 
 
 def _bytes(tensor):
