@@ -28,11 +28,12 @@ import minifp4
 from minifp4 import data as reading
 from minifp4 import heldout, masters, needs, parallel, rows, vocabulary
 from minifp4.cli import (
-    MANY, check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
+    AUTO, MANY, check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
     stopping,
 )  # fmt: skip
 from minifp4.files import checkpoint
 from minifp4.files.atomic import check_replaceable, only_user, remove
+from minifp4.keep import Keeper
 from minifp4.memory import Memory, one_growing_segment
 from minifp4.packed import bytes_of, tensors_of
 from minifp4.step import Step
@@ -91,7 +92,9 @@ class Settings:
     step_chunk_rows: int = cost(0, "rows updated at once, with the same result; 0: the fastest", "N", least=0)
     step_in_backward: bool = cost(False, "update each weight when its gradient is there, drop that")
     activation_checkpointing: bool = cost(False, "keep one activation a layer, compute the others again")
-    keep_activations: int = cost(0, "with the flag above: keep all of the last N layers'", "N", least=0)
+    keep_activations: int = cost(
+        0, "with the flag above: keep all of the last N layers'; auto: as fit", "N", least=0, auto=True
+    )
     compile: bool = cost(None, "join small operations (torch.compile); default: on CUDA, with Triton")
     cuda_graph: bool = cost(None, "record the steps of small batches and replay them; default: on CUDA")
     memory_limit_gb: float = cost(
@@ -220,7 +223,7 @@ def in_use(settings):
     done = {
         "--master-dtype nvfp4": settings.master_dtype == "nvfp4",
         "--optimizer-state nvfp4": settings.optimizer_state == "nvfp4",
-        "--activation-checkpointing": settings.activation_checkpointing and not settings.keep_activations,
+        "--activation-checkpointing": settings.activation_checkpointing and settings.keep_activations <= 0,
         "--step-in-backward": settings.step_in_backward,
         "--step-chunk-rows": settings.step_chunk_rows,
         "a smaller --batch-size": settings.batch_size in (1, None),
@@ -383,10 +386,16 @@ def check_together(settings, device):
             "--step-in-backward they never exist at once; leave it out (each update is limited to 10 times "
             "--lr anyway)"
         )
-    if settings.keep_activations and not settings.activation_checkpointing:
+    kept = "auto" if settings.keep_activations == AUTO else settings.keep_activations
+    if kept and not settings.activation_checkpointing:
         raise ValueError(
-            f"--keep-activations {settings.keep_activations} is for --activation-checkpointing: without it "
+            f"--keep-activations {kept} is for --activation-checkpointing: without it "
             "all layers keep theirs"
+        )
+    if kept == "auto" and device.type != "cuda":
+        raise ValueError(
+            f"--keep-activations auto: the device is {device}, and only CUDA says what memory is left; give "
+            "a number"
         )
     if settings.compile and device.type == "cuda" and not compiles(device):
         raise ValueError("--compile: on a GPU torch.compile needs the package triton, which is not installed")
@@ -448,7 +457,7 @@ def prepare_model(settings, source, device):
     dtype = settings.compute_dtype and FLOATS[settings.compute_dtype]
     model.set_compute_dtype(dtype or masters.default_compute_dtype(device))
     model.model.activation_checkpointing = settings.activation_checkpointing
-    model.model.keep_activations = settings.keep_activations
+    model.model.keep_activations = max(0, settings.keep_activations)  # if AUTO: those that `Keeper` finds
     return model, tokenizer
 
 
@@ -512,6 +521,8 @@ def make_step(model, optimizer, settings, memory):
         from minifp4.fused import record
 
         record(step, recorded=settings.cuda_graph)
+    if settings.keep_activations == AUTO:
+        Keeper(step, memory)
     return step
 
 

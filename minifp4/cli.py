@@ -21,12 +21,13 @@ import torch
 from . import parallel
 
 MANY = 2**20  # more of anything is a slip of the finger, or of another program
-OWN = ("group", "least", "below", "most", "positional")  # metadata that is not argparse's
+AUTO = -1  # the value of a number for which "auto" was given
+OWN = ("group", "least", "below", "most", "positional", "auto")  # metadata that is not argparse's
 
 
 def option(group, default, text, metavar=None, **more):
     """A field that is also a flag. `more`: argparse's choices, nargs; `least`, `below` and `most` limit a
-    number."""
+    number, for which `auto` allows that word too."""
     more |= {"metavar": metavar} if metavar else {}
     return field(default=default, metadata={"group": group, "help": text, **more})
 
@@ -60,7 +61,7 @@ def parse(kind, argv, text):
         elif setting.type is list:
             more["action"] = "append"
         else:
-            more["type"] = setting.type
+            more["type"] = number_or_auto if setting.metadata.get("auto") else setting.type
             if default is not None and not Path(str(default)).is_absolute():
                 more["help"] += f" (default: {default})"
         groups[group].add_argument(spellings(setting.name)[0], default=default, **more)
@@ -69,6 +70,15 @@ def parse(kind, argv, text):
     check(settings)
     settings.given = {name for name in chosen if any(word.split("=")[0] in spellings(name) for word in argv)}
     return settings
+
+
+def number_or_auto(word):
+    """A whole number, or `AUTO`."""
+    if word == "auto":
+        return AUTO
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {word}")
+    return int(word)
 
 
 def spellings(name):
@@ -89,6 +99,8 @@ def check(settings):
     """Raise ValueError for a number out of its range or a word that is no choice, naming the flag."""
     for setting in dataclasses.fields(settings):
         value, choices = getattr(settings, setting.name), setting.metadata.get("choices")
+        if value == AUTO and setting.metadata.get("auto"):
+            continue
         least, below = setting.metadata.get("least", -math.inf), setting.metadata.get("below", math.inf)
         if isinstance(value, (int, float)) and not least <= value < below:
             limit = f"at least {least}" + (f" and below {below}" if below < math.inf else "")

@@ -7,7 +7,9 @@ import contextlib
 import sys
 
 import torch
+import torch.nn.functional as F
 
+from .linear import word_slices
 from .model import KVCache
 
 DECODED_LIMIT = 2**31  # bytes of dense weights that `decoded` is willing to keep
@@ -55,11 +57,17 @@ def stream(model, ids, max_new_tokens, stop_ids=(), **sampling):
     with decoded(model):
         for _ in range(max_new_tokens):
             hidden = model.model(torch.tensor([ids], device=model.device), cache)
-            token = choose(model.lm_head(hidden[:, -1:])[0, -1], **sampling)
+            token = choose(last_logits(model.lm_head, hidden[0, -1]), **sampling)
             if token in stop_ids:
                 return
             yield token
             ids = [token]
+
+
+def last_logits(head, hidden):
+    """Of a hidden state [D], [V]; the head is decoded some rows at a time, for it is the largest matrix."""
+    slices = word_slices(len(head.weight))
+    return torch.cat([F.linear(hidden, head.value(hidden.dtype, words)) for words in slices])
 
 
 def generate(model, tokenizer, prompt, *, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=None,

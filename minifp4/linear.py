@@ -68,8 +68,8 @@ class Linear(nn.Module):
 
     group: the `Group` it belongs to; None: one of its own.
     decoded: what the product reads, kept while weights do not change (`generate.decoded`), else None.
-    on_gradient: a function (slice of rows, their gradient), or None. The gradient of head and embedding is
-    as large as the dense matrix. With such a function they give it some rows at a time, and autograd none.
+    on_gradient: a function (slice of rows, their gradient or what makes it), or None. Head and embedding give
+    it their gradients, as large as they are dense, some rows at a time, and autograd none.
     """
 
     def __init__(self, in_features, out_features, quantized=True, group=None):

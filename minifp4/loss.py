@@ -6,11 +6,12 @@ forward pass turns each piece into its gradient, in place: that is known but for
 the loss itself.
 
 The last piece's part of the head's gradient is left to the backward pass, where `head.on_gradient`, if there
-is one, takes it a slice of the vocabulary at a time. Then a batch of one piece holds neither the head nor its
-gradient whole; one of several holds both, but its activations are larger.
+is one, takes it, or what makes it, a slice of the vocabulary at a time. Then a batch of one piece holds
+neither the head nor its gradient whole; one of several holds both, but its activations are larger.
 """
 
 import math
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -91,14 +92,25 @@ class _CrossEntropy(torch.autograd.Function):
         by_rows, vocabulary, x = ctx.on_gradient is not None, dlogits.shape[1], x * dloss
         dweight = None if by_rows else x.new_empty(vocabulary, x.shape[1])
         for words in word_slices(vocabulary):
-            rows = dlogits[:, words].T @ x
-            if earlier is not None:
-                rows += earlier[words] * dloss
-            if by_rows:
-                ctx.on_gradient(words, rows)
+            make = partial(_rows, dlogits, x, earlier, dloss, words)
+            if not by_rows:
+                dweight[words] = make()
+            elif earlier is None and len(x) < x.shape[1]:  # what makes it is smaller, should it have to wait
+                ctx.on_gradient(words, make)
             else:
-                dweight[words] = rows
+                ctx.on_gradient(words, make())
         return dhidden, dweight, *[None] * 4
+
+
+def made(gradient):
+    """The gradient that `on_gradient` was given, or what makes it."""
+    return gradient() if callable(gradient) else gradient
+
+
+def _rows(dlogits, x, earlier, dloss, words):
+    """Some rows of the head's gradient."""
+    rows = dlogits[:, words].T @ x
+    return rows if earlier is None else rows.add_(earlier[words] * dloss)
 
 
 def _pieces(hidden, vocabulary):

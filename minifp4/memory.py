@@ -53,6 +53,7 @@ class Memory:
     def __init__(self, device, limit_gib=None, in_use=()):
         self.device, self.limit_gib, self.phases, self.current = device, limit_gib, {}, "load"
         self.in_use = in_use
+        self.highest = 0  # peak of a phase, bytes, since somebody has set this to 0
         self.base = 0 if device.type == "cuda" else self.now()[0]  # the limit of a process is beside this
         if limit_gib is None:
             return
@@ -77,6 +78,7 @@ class Memory:
             allocated, peak = self.now()
             old = self.phases.get(name, {"before": 0, "allocated": 0, "peak": 0})
             new = {"before": before, "allocated": allocated, "peak": peak}
+            self.highest = max(self.highest, peak)
             self.phases[name] = {key: max(old[key], new[key]) for key in new}
             self.current = outer
 
@@ -85,6 +87,13 @@ class Memory:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
         return _process()
+
+    def room(self):
+        """Bytes that this process may have in use on its GPU."""
+        if self.limit_gib is not None:
+            return self.limit_gib * GIB
+        torch.cuda.empty_cache()  # what only the allocator has is free as well
+        return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
     def _reset_peak(self):
         if self.device.type == "cuda":

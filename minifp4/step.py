@@ -8,7 +8,7 @@ In the backward pass (`in_backward`). As soon as autograd has a weight's gradien
 the sum of both uses), a hook updates the weight and drops the gradient. The layers that the backward pass
 still has to visit do not read that weight any more. At most one gradient exists at a time, and every weight
 gets bit for bit what the plain step gives it. The largest matrices, head and embedding, get theirs some rows
-at a time; only if they are tied, the head's part must wait for the embedding's. What cannot be had is
+at a time; if they are tied, the head's part waits for the embedding's. What cannot be had is
 clipping by the norm of all gradients, for it is known only when the first weights have been updated; AdamW
 bounds each update by itself.
 
@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 from . import parallel
-from .loss import IGNORE
+from .loss import IGNORE, made
 
 
 class Step:
@@ -51,7 +51,7 @@ class Step:
         self.skipped = torch.zeros((), dtype=torch.int64, device=model.device)
         self.gradient_bytes = 0  # most that existed at once
         self.ok = None  # whether the loss is finite, bool []
-        self._head_rows = {}  # of a tied head's gradient: {first row: rows}
+        self._head_rows = {}  # of a tied head's gradient: {first row: rows, or what makes them}
         self._hooks = []
         if in_backward:
             self._add_hooks()
@@ -135,19 +135,20 @@ class Step:
             p.grad = None
 
     def _keep(self, rows, gradient):
-        """The gradient of some rows of a tied head."""
+        """The gradient of some rows of a tied head, or what makes it."""
         self._head_rows[rows.start] = gradient
 
     def _rows(self, name, rows, gradient):
-        """The gradient of some rows of head or embedding, or what the embedding adds to a tied head's."""
+        """The same of head or embedding, or what the embedding adds to a tied head's."""
+        gradient = made(gradient)
         if rows.start in self._head_rows:
-            gradient = self._head_rows.pop(rows.start).add_(gradient)
+            gradient = made(self._head_rows.pop(rows.start)).add_(gradient)
         self.update(name, gradient, rows.start)
 
     def count(self, gradients):
         """Note how many bytes of gradients there are."""
         there = [gradient for gradient in gradients if gradient is not None]
-        now = sum(gradient.nbytes for gradient in [*there, *self._head_rows.values()])
+        now = sum(getattr(gradient, "nbytes", 0) for gradient in [*there, *self._head_rows.values()])
         self.gradient_bytes = max(self.gradient_bytes, now)
 
     def close(self):

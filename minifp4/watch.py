@@ -15,6 +15,9 @@ from .packed import bytes_of
 from .progress import duration
 
 METRICS = "metrics.jsonl"
+# 10**12 operations a second of products in bf16 that a data sheet gives, without sparsity.
+NOMINAL = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "RTX 3090": 71,
+           "RTX 4090": 165, "RTX 5090": 209}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -70,16 +73,14 @@ class Watch:
         self.tokens += tokens
         if not (now or number % self.every == 0 or number == self.steps):
             return None
-        (loss, norm), optimizer = result, self.step.optimizer
-        took = time.perf_counter() - self.since
+        (loss, norm), optimizer = [number.item() for number in result], self.step.optimizer
+        took = time.perf_counter() - self.since  # now: reading the loss has waited for the GPU
         record = {
-            "step": number, "loss": loss.item(), "lr": optimizer.lr, "grad_norm": norm.item(),
+            "step": number, "loss": loss, "lr": optimizer.lr, "grad_norm": norm,
             "moved": optimizer.moved(), "tokens_per_second": self.tokens / took,
             "peak_memory_gib": self.memory.peak() / GIB, "skipped": self.step.skipped.item(), "epoch": epoch,
         }  # fmt: skip
-        if self.rate:
-            operations = record["tokens_per_second"] * work(self.step.model) / parallel.ranks()
-            record["matrix_share"] = operations / self.rate
+        record |= shares(record["tokens_per_second"] / parallel.ranks(), self.step.model, self.rate)
         if number == self.steps:  # it takes a pass through all moments
             record["floored"] = optimizer.floored()
         optimizer.reset_moved()
@@ -90,6 +91,7 @@ class Watch:
             f"lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}  moved {record['moved']:.3f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  peak {record['peak_memory_gib']:.2f} GiB"
             + (f"  {record['matrix_share']:.0%} of {self.rate / 1e12:.0f} TFLOP/s" if self.rate else "")
+            + (f"  MFU {record['mfu']:.0%}" if "mfu" in record else "")
             + (f"  floored {record['floored']:.2%}" if record.get("floored", 0) > 1e-4 else "")
             + (f"  skipped {record['skipped']} (not finite)" if record["skipped"] else "")
             + (f"  {duration(left)} left" if left > 2 else ""),
@@ -157,14 +159,31 @@ def matrix_rate(device):
     return times * 2 * size**3 / (begin.elapsed_time(end) / 1e3)
 
 
-def work(model):
-    """Operations of matrix products for a token: 2 a weight forward, 4 backward, 2 where a layer is computed
-    again. Attention's own are left out; they are few but for long conversations."""
-    layers = [layer.weight.numel() for layer in model.linears()[:-1]]
-    again = 0
-    if model.model.activation_checkpointing:
-        again = 1 - model.model.keep_activations / len(model.model.layers)
-    return (6 + 2 * again) * sum(layers) + 6 * model.lm_head.weight.numel()
+def nominal_rate(device):
+    """Operations a second of products in bf16 by the data sheet; None for what is not in `NOMINAL`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate * 1e12 for card, rate in NOMINAL.items() if card in name), None)
+
+
+def shares(tokens_per_second, model, rate):
+    """What part of the matrix products that a device can do a model's are: of the measured `rate` and of the
+    nominal one, each with and without (`_once`) what is computed again; "mfu" is the nominal one without, as
+    others count. {} where `rate` is None."""
+    once, done = (work(model, again) * tokens_per_second for again in (False, True))
+    found = {"matrix_share": done / rate, "matrix_share_once": once / rate} if rate else {}
+    if rate and (nominal := nominal_rate(model.device)):
+        found |= {"nominal_share": done / nominal, "mfu": once / nominal}
+    return found
+
+
+def work(model, again=True):
+    """Operations of matrix products for a token: 2 a weight forward, 4 backward, and with `again` 2 where a
+    layer is computed again. Attention's own are left out; they are few but for long conversations."""
+    layers = sum(layer.weight.numel() for layer in model.linears()[:-1])
+    recomputed = 0
+    if again and model.model.activation_checkpointing:
+        recomputed = 1 - model.model.keep_activations / len(model.model.layers)
+    return (6 + 2 * recomputed) * layers + 6 * model.lm_head.weight.numel()
 
 
 def report_memory(path, memory, step):

@@ -30,14 +30,15 @@ from train_step import config_of
 import minifp4
 from minifp4.files import checkpoint, layouts, safetensors
 from minifp4.model import Qwen3
+from minifp4.storage import MASTERS
 
 ROOT = Path(__file__).parents[2]
 OTHERS = 1.0  # GiB
 TIED = "tiny", "0.6B", "1.7B", "4B"  # as released
 SCALE = torch.tensor(2.0**-13)  # global scale of weights with a standard deviation of .02
 FLAGS = (
-    "--train-lm-head --train-embed --master-dtype nvfp4 --optimizer-state nvfp4 --step-in-backward "
-    "--activation-checkpointing --batch-tokens 2048 --test-prompt 你是誰 --test-max-tokens 4"
+    "--train-lm-head --train-embed --optimizer-state nvfp4 --step-in-backward --activation-checkpointing "
+    "--batch-tokens 2048 --test-prompt 你是誰 --test-max-tokens 2"
 ).split()
 
 
@@ -88,23 +89,23 @@ def run(*words):
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def measure(size, card, source, steps, device, folder):
+def measure(size, card, source, master, steps, device, folder):
     """One cell of the table."""
     start = time.perf_counter()
-    row = {"size": size, "card": card, "source": source}
+    row = {"size": size, "card": card, "source": source, "master": master}
     row["source_gib"] = write(folder / "model", size, source, device) / 2**30
     print(f"wrote {row['source_gib']:.3f} GiB in {time.perf_counter() - start:.1f} s", flush=True)
     out, report = folder / "out", folder / "memory.json"
     limit = ["--memory-limit-gb", card - OTHERS] if device == "cuda" else []
     if device == "cuda":
         torch.cuda.empty_cache()
-    first = ["--model", folder / "model", "--steps", steps, *FLAGS]
+    first = ["--model", folder / "model", "--steps", steps, "--master-dtype", master, *FLAGS]
     row["train_s"], row["host_gib"] = run("train.py", *first, "--out", out, "--memory-report", report, *limit)
     phases = json.loads(report.read_text())["phases"]
     row["phases_gib"] = {name: phase["peak"] / 2**30 for name, phase in phases.items()}
     row["peak_gib"] = max(row["phases_gib"].values())
     row["resume_s"], _ = run("train.py", "--resume", "--out", out, "--steps", steps + 1, *limit)
-    row["export_s"], _ = run("export.py", "--checkpoint", out, "--format", "hf")
+    row["export_s"], row["export_host_gib"] = run("export.py", "--checkpoint", out, "--format", "hf")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     row["tokens_per_second"] = lines[steps - 1]["tokens_per_second"]
     row["skipped"] = lines[-1]["skipped"]
@@ -119,6 +120,7 @@ def main():
     parser.add_argument("--size", default="4B", help="0.6B to 32B")
     parser.add_argument("--card", type=float, default=12, help="GiB of the card")
     parser.add_argument("--source", default="bf16", choices=("bf16", "nvfp4"))
+    parser.add_argument("--master", default="nvfp4", choices=MASTERS)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--folder", help="where to write; default: the system's for temporary files")
     parser.add_argument("--json", type=Path, help="add the row to this file")
@@ -127,10 +129,12 @@ def main():
     size = "tiny" if chosen.quick else chosen.size
     print(f"{place(device)}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        row = measure(size, chosen.card, chosen.source, chosen.steps, device, Path(folder))
+        kinds = chosen.source, chosen.master
+        row = measure(size, chosen.card, *kinds, chosen.steps, device, Path(folder))
     print(
-        f"{size} on {chosen.card:g} GiB less {OTHERS:g}, from {chosen.source}: {row['peak_gib']:.2f} GiB at "
-        f"most, {row['tokens_per_second']:,.0f} tokens/s, {row['host_gib']:.1f} GiB of the host; train.py "
+        f"{size} in {chosen.master} on {chosen.card:g} GiB less {OTHERS:g}, from {chosen.source}: "
+        f"{row['peak_gib']:.2f} GiB at most, {row['tokens_per_second']:,.0f} tokens/s, {row['host_gib']:.1f} "
+        f"and {row['export_host_gib']:.1f} GiB of the host (train.py, export.py); train.py "
         f"{row['train_s']:.0f} s, --resume {row['resume_s']:.0f} s, export.py {row['export_s']:.0f} s"
     )
     if chosen.json:
