@@ -169,9 +169,11 @@ def shares(tokens_per_second, model, rate):
     """What part of the matrix products that a device can do a model's are: of the measured `rate` and of the
     nominal one, each with and without (`_once`) what is computed again; "mfu" is the nominal one without, as
     others count. {} where `rate` is None."""
+    if not rate:
+        return {}
     once, done = (work(model, again) * tokens_per_second for again in (False, True))
-    found = {"matrix_share": done / rate, "matrix_share_once": once / rate} if rate else {}
-    if rate and (nominal := nominal_rate(model.device)):
+    found = {"matrix_share": done / rate, "matrix_share_once": once / rate}
+    if nominal := nominal_rate(model.device):
         found |= {"nominal_share": done / nominal, "mfu": once / nominal}
     return found
 

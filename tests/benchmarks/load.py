@@ -38,7 +38,7 @@ TIED = "tiny", "0.6B", "1.7B", "4B"  # as released
 SCALE = torch.tensor(2.0**-13)  # global scale of weights with a standard deviation of .02
 FLAGS = (
     "--train-lm-head --train-embed --optimizer-state nvfp4 --step-in-backward --activation-checkpointing "
-    "--batch-tokens 2048 --test-prompt 你是誰 --test-max-tokens 2"
+    "--test-prompt 你是誰 --test-max-tokens 2"
 ).split()
 
 
@@ -89,10 +89,10 @@ def run(*words):
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def measure(size, card, source, master, steps, device, folder):
+def measure(size, card, source, master, tokens, steps, device, folder):
     """One cell of the table."""
     start = time.perf_counter()
-    row = {"size": size, "card": card, "source": source, "master": master}
+    row = {"size": size, "card": card, "source": source, "master": master, "tokens": tokens}
     row["source_gib"] = write(folder / "model", size, source, device) / 2**30
     print(f"wrote {row['source_gib']:.3f} GiB in {time.perf_counter() - start:.1f} s", flush=True)
     out, report = folder / "out", folder / "memory.json"
@@ -100,6 +100,7 @@ def measure(size, card, source, master, steps, device, folder):
     if device == "cuda":
         torch.cuda.empty_cache()
     first = ["--model", folder / "model", "--steps", steps, "--master-dtype", master, *FLAGS]
+    first += ["--batch-tokens", tokens]
     row["train_s"], row["host_gib"] = run("train.py", *first, "--out", out, "--memory-report", report, *limit)
     phases = json.loads(report.read_text())["phases"]
     row["phases_gib"] = {name: phase["peak"] / 2**30 for name, phase in phases.items()}
@@ -121,6 +122,7 @@ def main():
     parser.add_argument("--card", type=float, default=12, help="GiB of the card")
     parser.add_argument("--source", default="bf16", choices=("bf16", "nvfp4"))
     parser.add_argument("--master", default="nvfp4", choices=MASTERS)
+    parser.add_argument("--tokens", type=int, default=2048, help="in a packed row")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--folder", help="where to write; default: the system's for temporary files")
     parser.add_argument("--json", type=Path, help="add the row to this file")
@@ -129,10 +131,11 @@ def main():
     size = "tiny" if chosen.quick else chosen.size
     print(f"{place(device)}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        kinds = chosen.source, chosen.master
+        kinds = chosen.source, chosen.master, chosen.tokens
         row = measure(size, chosen.card, *kinds, chosen.steps, device, Path(folder))
     print(
-        f"{size} in {chosen.master} on {chosen.card:g} GiB less {OTHERS:g}, from {chosen.source}: "
+        f"{size} in {chosen.master} on {chosen.card:g} GiB less {OTHERS:g}, from {chosen.source}, rows of "
+        f"{chosen.tokens} tokens: "
         f"{row['peak_gib']:.2f} GiB at most, {row['tokens_per_second']:,.0f} tokens/s, {row['host_gib']:.1f} "
         f"and {row['export_host_gib']:.1f} GiB of the host (train.py, export.py); train.py "
         f"{row['train_s']:.0f} s, --resume {row['resume_s']:.0f} s, export.py {row['export_s']:.0f} s"

@@ -1,7 +1,7 @@
 """Time and memory of one training step, beside what people use today.
 
     python tests/benchmarks/train_step.py              Qwen3-4B's shape, three batches, on a GPU
-    python tests/benchmarks/train_step.py --scaling    0.6B to 8B, and 512 to 16,384 tokens
+    python tests/benchmarks/train_step.py --scaling    0.6B to 32B, and 512 to 16,384 tokens
     python tests/benchmarks/train_step.py --quick      tiny shapes on a CPU, a minute
 
 Weights and tokens are random, every token is learned. Time: the median of 5 steps after 2 of warm-up, and the
@@ -81,15 +81,18 @@ def ours(config, what, device):
     one_growing_segment()
     model = our_model(config, master, device)
     optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state)
-    step = Step(model, optimizer, in_backward=True)
+    step, recorder = Step(model, optimizer, in_backward=True), None
     if device == "cuda":
         fuse(model, optimizer)
-        record(step)
+        recorder = record(step)
     model.model.activation_checkpointing = True
 
     def run(batch, kept):
         """A batch as of `Step`, or token ids that are all learned."""
-        model.model.keep_activations = kept if isinstance(kept, int) else 0
+        kept = kept if isinstance(kept, int) else 0
+        if recorder and kept != model.model.keep_activations:
+            recorder.forget()  # a recorded step would keep as many as before
+        model.model.keep_activations = kept
         return step([batch if isinstance(batch, tuple) else (batch, batch)])
 
     return run
@@ -256,6 +259,7 @@ def main():
         jobs = [("tiny", what, [(1, 16, ALL), (2, 32, 0)]) for what in ORDER]
     if chosen.scaling:
         jobs = [(size, next(iter(OURS)), [(1, 96, ALL), (1, 2048, 0)]) for size in ("0.6B", "1.7B", "8B")]
+        jobs += [(size, next(iter(OURS)), [(1, 2048, 0)]) for size in ("14B", "32B")]
         jobs += [("4B", next(iter(OURS)), [(1, tokens, 0) for tokens in (512, 2048, 8192, 16384)])]
     heads = "{:6}{:28}{:>9}{:>9}{:>8}{:>10}{:>8}{:>9}{:>7}{:>6}{:>7}"
     names = "batch", "ms", "spread", "tokens/s", "GiB", "reserved", "share", "MFU", "1st s"
