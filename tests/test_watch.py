@@ -30,8 +30,11 @@ def test_a_step_takes_until_its_loss_is_there(tmp_path, capsys):
         assert record["tokens_per_second"] <= 100 / 0.4
 
 
-@pytest.mark.parametrize("card, rate", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-                                        ("NVIDIA GeForce RTX 4090", 165e12), ("Something New", None)])  # fmt: skip
+CARDS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA GeForce RTX 4090": 165e12,
+         "Something New": None}  # fmt: skip
+
+
+@pytest.mark.parametrize("card, rate", CARDS.items())
 def test_nominal_rates(card, rate, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     assert watch.nominal_rate(torch.device("cuda")) == rate
