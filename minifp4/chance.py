@@ -1,8 +1,16 @@
 """Random bits for stochastic rounding: the same for the same element, whatever computes it.
 
 A generator with a state would give other bits to a run that resumes, that computes in pieces of another size,
-or on another device. So the bits are a hash of a counter: of (seed, step, name of the parameter) and of the
-element's place in its matrix, and of nothing else.
+or on another device. So the bits are a hash of a counter: of (seed, name of the parameter) and of the
+element's place in its matrix. From step to step they turn:
+
+    r(step) = r(0) + step * TURN        modulo 2**32
+
+Each draw is uniform, so rounding is right in the mean. Draws that are new in each step would be that as well,
+but then their errors add up as luck does, to the square root of their number. What turns by an irrational
+part of a circle in each step is spread evenly over the circle by any few steps in a row. So an update that
+stays about the same for ten steps, as AdamW's do, is stored nearly as often as it should be, and rounding
+brings a third to two thirds of the noise into the weights.
 """
 
 import hashlib
@@ -12,10 +20,18 @@ import torch
 from .nvfp4 import BLOCK, DRAWS
 
 
+# As a part of 2**32 (of which a moment takes the upper bits), and modulo 2**22 (a weight), 2**16 (bf16) and
+# 2**13 (fp16) as a part of those, it is far from all simple fractions p/q: q * |q * part - p| is at least .18
+# for q below 1,000 (fp16: .07). The golden section, the best there is, has .38.
+TURN = 0x5E137269
+
+
 def rounding_key(seed, step, name):
-    """Two int32 from which all random bits of one update derive: the same after a resume, on every device."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    return tuple(int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:]))
+    """(what an element's draws start from, how far they have turned), two int32: the same after a resume, on
+    every device."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()
+    turned = (step * TURN + 2**31) % 2**32 - 2**31
+    return int.from_bytes(digest, "little", signed=True), turned
 
 
 def random_bits(key, first, shape):
@@ -30,8 +46,8 @@ def random_bits(key, first, shape):
     place = torch.arange(block, dtype=torch.int32, device=first.device)
     starts = first + block * torch.arange(rows * k // block, dtype=torch.int32, device=first.device)
     u = hashed(starts ^ key[0])
-    v = hashed(u + key[1])
-    return (u.unsqueeze(1) + place * v.unsqueeze(1)).view(shape)
+    v = hashed(u)
+    return ((u + key[1]).unsqueeze(1) + place * v.unsqueeze(1)).view(shape)
 
 
 def uniform(bits):

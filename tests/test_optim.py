@@ -236,11 +236,50 @@ def test_random_bits_are_random_and_belong_to_their_element():
     histogram = torch.histc(uniform, 256, 0, 1)
     assert ((histogram - n / 256) ** 2 / (n / 256)).sum() < 255 + 5 * math.sqrt(2 * 255)  # chi-squared
     other, upper = (chance.uniform(bits).double() for bits in (whole_bits((8, 8), 4096, 16), whole >> 10))
-    pairs = [(uniform, other), (uniform, upper), (uniform[:-1], uniform[1:])]
-    pairs += [(uniform[:, :-step], uniform[:, step:]) for step in range(1, 9)]
-    for a, b in pairs:
-        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 4 / math.sqrt(n)
-    assert chance.rounding_key(0, 1, "w") != chance.rounding_key(0, 2, "w")
+
+    def correlation(a, b):
+        return abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+    for a, b in ((uniform, other), (uniform, upper), (uniform[:-1], uniform[1:])):
+        assert correlation(a, b) < 4 / math.sqrt(n)
+    for step in range(1, 9):  # in a block all differences are multiples of one number: a sample for each row
+        assert correlation(uniform[:, :-step], uniform[:, step:]) < 4 * math.sqrt(1 / 5 / len(whole))
+
+
+def drawn(steps, shape=(4, 16)):
+    """The draws of some elements in each of so many steps [steps, rows, columns]."""
+    keys = [torch.tensor(chance.rounding_key(0, step, "w"), dtype=torch.int32) for step in range(steps)]
+    return torch.stack([chance.random_bits(key, torch.tensor(0, dtype=torch.int32), shape) for key in keys])
+
+
+@pytest.mark.parametrize("what", ["a weight", "a moment", "bf16"])
+def test_an_elements_draws_are_spread_evenly_over_any_few_steps(what):
+    """Of 100 draws in a row about 100 * x are below x, for every x: within 4; luck would be off by 7."""
+    bits, n = drawn(400).long(), 100
+    kept, last = {"a weight": (22, 0), "a moment": (22, 10), "bf16": (16, 0)}[what]
+    share = (bits >> last & 2**kept - 1) / 2**kept
+    for start in (0, 123, 300):
+        ordered = share[start : start + n].sort(0).values
+        below = (torch.arange(n) + 0.5).view(-1, 1, 1)
+        assert (ordered * n - below).abs().max() < 4
+    luck = torch.rand(n, 64, generator=torch.Generator().manual_seed(0)).sort(0).values
+    assert (luck * n - below[:, :, 0]).abs().max() > 7
+
+
+@pytest.mark.parametrize("master, gap", [("nvfp4", 0.02), ("bf16", 2.0**-11)])
+def test_a_steady_update_is_stored_as_often_as_it_should(master, gap):
+    """40 steps of a twentieth of the gap between two codes: no weight is further than a gap and a half from
+    where it should be. With new draws in each step some would be off by 3."""
+    start = torch.full((8, 64), 0.08)
+    start[:, ::16] = 0.12  # largest of its block, so that no scale changes
+    store = storage.master(MASTERS[master](start))
+    rows, moved, ok = slice(0, 8), torch.full_like(start, gap / 20), torch.tensor(True)
+    moved[:, ::16] = 0
+    first = store.read(rows).clone()
+    for bits in drawn(40, (8, 64)):
+        storage.write(store, rows, store.encode(store.read(rows) - moved, rows, bits), ok)
+    wrong = (store.read(rows) - (first - 40 * moved)).abs() / gap
+    assert wrong.max() < 1.5
 
 
 def test_a_huge_gradient_after_small_ones_moves_at_most_ten_steps():

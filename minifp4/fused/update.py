@@ -232,9 +232,10 @@ def random_halves(draw, shape):
     device = draw.first.device
     even = 2 * torch.arange(half, dtype=torch.int32, device=device)
     starts = draw.first + 2 * half * torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
-    mask, shift = draw.key.unbind()
-    u = hashed(starts ^ mask)
-    v = hashed(u + shift)
+    start, turned = draw.key.unbind()
+    u = hashed(starts ^ start)
+    v = hashed(u)
+    u = u + turned
     return u + even * v, u + (even + 1) * v
 
 

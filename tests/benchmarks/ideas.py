@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from minifp4 import nvfp4, optim, packed, storage
+from minifp4 import chance, nvfp4, optim, packed, storage
 from minifp4.fused import codes
 from minifp4.fused import update as fused
 from minifp4.nvfp4 import BLOCK, E2M1_MAX, e2m1_code, in_units, pair
@@ -35,6 +35,10 @@ IDEAS = {
     "bf16 nvfp4, m relative to sqrt(v)": BF16 | {"relative": True},
     "nvfp4x2 nvfp4, m relative to sqrt(v)": X2 | {"relative": True},
     "nvfp4 nvfp4, m relative to sqrt(v)": SINGLE | {"relative": True},
+    # draws
+    "bf16 nvfp4, new draws in each step": BF16 | {"new_draws": True},
+    "nvfp4x2 nvfp4, new draws in each step": X2 | {"new_draws": True},
+    "nvfp4 nvfp4, new draws in each step": SINGLE | {"new_draws": True},
     # settings
     "nvfp4x2 nvfp4, beta1 .95": X2 | {"beta1": 0.95},
     "fp32 fp32, beta1 .95": FP32 | {"beta1": 0.95},
@@ -132,10 +136,17 @@ def apply(how):
     if "limit" in how:
         optim.MAX_UPDATE = how["limit"]
         fused.LIMIT = torch.tensor(how["limit"]).view(torch.int32).item()
+    if how.get("new_draws"):
+        optim.rounding_key = new_key
     if how.get("relative"):
         optim.adamw = fused.adamw = partial(relative, optim.adamw)
     if how.get("quarter"):
         optim.adamw = partial(quarter, optim.adamw)
+
+
+def new_key(seed, step, name):
+    """Draws that have nothing to do with those of the step before."""
+    return chance.rounding_key(0, 0, f"{seed}/{step}/{name}")
 
 
 def relative(adamw, w, g, m, root, hyper, limited=optim.limited):
