@@ -11,6 +11,9 @@ but then their errors add up as luck does, to the square root of their number. W
 part of a circle in each step is spread evenly over the circle by any few steps in a row. So an update that
 stays about the same for ten steps, as AdamW's do, is stored nearly as often as it should be, and rounding
 brings a third to two thirds of the noise into the weights.
+
+A weight that swings between two codes has its draws come back when the update the other way has grown. So it
+moves a little more often than was asked for, up to a tenth with a constant rate; `moved` shows it.
 """
 
 import hashlib
