@@ -110,6 +110,8 @@ def measure(chosen):
     for batch, tokens in chosen.batches:
         generator = torch.Generator().manual_seed(parallel.rank())
         ids = torch.randint(0, config.vocab_size, (batch, tokens), generator=generator).to(device)
+        if recorder:
+            recorder.forget()  # the memory of the batch before
         run(ids)  # compiles
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -131,7 +133,7 @@ def measure(chosen):
                 row["alone_ms"] = 1e3 * timed(run, ids, device, chosen.steps)
             if recorder:
                 recorder.forget()
-            row["hidden"] = 1 - max(0.0, row["ms"] - row["alone_ms"]) / row["sent_ms"]
+            row["hidden"] = max(0.0, 1 - max(0.0, row["ms"] - row["alone_ms"]) / row["sent_ms"])
         rows.append(row)
         more = "".join(f"{row[key]:9.1f}" for key in ("alone_ms", "sent_ms") if key in row)
         more += f"{row['hidden']:8.0%}" if "hidden" in row else ""
