@@ -252,11 +252,11 @@ def drawn(steps, shape=(4, 16)):
     return torch.stack([chance.random_bits(key, torch.tensor(0, dtype=torch.int32), shape) for key in keys])
 
 
-@pytest.mark.parametrize("what", ["a weight", "a moment", "bf16"])
+@pytest.mark.parametrize("what", ["nvfp4", "nvfp4x2", "a moment", "bf16"])
 def test_an_elements_draws_are_spread_evenly_over_any_few_steps(what):
     """Of 100 draws in a row about 100 * x are below x, for every x: within 4; luck would be off by 7."""
     bits, n = drawn(400).long(), 100
-    kept, last = {"a weight": (22, 0), "a moment": (22, 10), "bf16": (16, 0)}[what]
+    kept, last = {"nvfp4": (22, 0), "nvfp4x2": (18, 0), "a moment": (22, 10), "bf16": (16, 0)}[what]
     share = (bits >> last & 2**kept - 1) / 2**kept
     for start in (0, 123, 300):
         ordered = share[start : start + n].sort(0).values

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/quality.py                a GPU, in under ten minutes
     python tests/benchmarks/quality.py --quick        a CPU, in under four: it says what it cannot decide
+    python tests/benchmarks/quality.py --middle       a CPU, two minutes a run
     python tests/benchmarks/quality.py lora           beside LoRA on the same base in 4 bits (needs peft)
     python tests/benchmarks/quality.py ideas          ways to a better 4 bits, each alone (`ideas.py`)
     python tests/benchmarks/quality.py lengths        half and four times as many steps
@@ -44,6 +45,8 @@ FULL = dict(hidden=512, layers=6, vocabulary=8192, tokens=256, batch=64, steps=1
             lr=1e-3, seeds=4, held=400_000)  # fmt: skip
 QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=80, tune=30, talk=15, lr=3e-3,
              seeds=4, held=16_000)  # fmt: skip
+MIDDLE = dict(hidden=128, layers=3, vocabulary=1024, tokens=128, batch=16, steps=400, tune=100, talk=30,
+              lr=2e-3, seeds=4, held=30_000)  # fmt: skip
 RUN_GIB = 5.0  # of GPU memory that one run in FULL takes, with what the process itself does
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, two-sided, for 1, 2, ... degrees
 REFERENCE = "fp32 fp32"
@@ -323,6 +326,7 @@ def arguments():
     parser.add_argument("parts", nargs="*", metavar="PART",
                         help=f"of {', '.join(PARTS)}; default: scratch and tune")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small model for a CPU")
+    parser.add_argument("--middle", action="store_true", help="a larger one for a CPU")
     parser.add_argument("--jobs", type=int, help="kinds that run at the same time; default: what fits")
     parser.add_argument("--steps", type=int, help="of a run from scratch")
     parser.add_argument("--seeds", type=int, help="runs of each kind, at most 8")
@@ -404,9 +408,10 @@ def main():
     if chosen.plot:
         plot(json.loads(chosen.plot.read_text()), chosen.plot.with_suffix(".png"))
         return
-    size = dict(QUICK if chosen.quick else FULL)
+    size = dict(QUICK if chosen.quick else MIDDLE if chosen.middle else FULL)
     seeds, size["steps"] = chosen.seeds or size["seeds"], chosen.steps or size["steps"]
-    device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
+    small = chosen.quick or chosen.middle
+    device = "cuda" if torch.cuda.is_available() and not small else "cpu"
     gpus, at_once = places_for(chosen, device)
     place = f"CPU, {os.cpu_count()} cores"
     if device == "cuda":
