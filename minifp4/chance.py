@@ -24,8 +24,8 @@ from .nvfp4 import BLOCK, DRAWS
 
 
 # Its part of 2**32 (a moment takes the upper bits of a draw), of 2**22 (nvfp4 the lower ones), of 2**18
-# (nvfp4x2), 2**16 (bf16) and 2**13 (fp16) is far from all simple fractions p/q: q * |q * part - p| is at least
-# .13 for q below 300, where the golden section, the best there is, has .38.
+# (nvfp4x2), 2**16 (bf16) and 2**13 (fp16) is far from all simple fractions p/q: q * |q * part - p| is at
+# least .13 for q below 300, where the golden section, the best there is, has .38.
 TURN = 0x5E137269
 
 

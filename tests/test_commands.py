@@ -295,11 +295,11 @@ def test_random_start_makes_a_tokenizer(tmp_path, tsv):
         ),
         (["train.py", "--device", "cpu", "--cuda-graph"], "only CUDA has graphs"),
         (["train.py", "--keep-activations", "2"], "--keep-activations 2 is for --activation-checkpointing"),
-        (["train.py", "--keep-activations", "auto"], "--keep-activations auto is for --activation-checkpointing"),
+        (["train.py", "--keep-activations", "auto"], "auto is for --activation-checkpointing: without"),
         (["train.py", "--keep-activations", "-1"], "--keep-activations: must be a number or auto, got -1"),
         (
             ["train.py", "--device", "cpu", "--activation-checkpointing", "--keep-activations", "auto"],
-            "--keep-activations auto: the device is cpu, and only CUDA says what memory is left; give a number",
+            "--keep-activations auto: the device is cpu, and only CUDA says what memory is left",
         ),
         (["train.py", "--finer-ends"], "--finer-ends is for --master-dtype nvfp4, not nvfp4x2"),
         (["train.py", "--batch-size", str(2**40)], "--batch-size must be at most 1,048,576, got 10995"),
