@@ -49,7 +49,7 @@ class Keeper:
         size = " x ".join(map(str, shape))
         print(
             f"note    with {size} tokens {count} of {layers} layers keep their activations, "
-            f"{each / GIB:.2f} GiB each: {max(0.0, room) / GIB:.1f} GiB are left",
+            f"{each / GIB:.2f} GiB each, for which {max(0.0, room) / GIB:.1f} GiB were free",
             flush=True,
         )
         return count

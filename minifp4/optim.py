@@ -20,7 +20,7 @@ One number shows whether the weights really move: `moved`, the stored change alo
 
     moved = sum((w_stored - w) * sign(w_new - w)) / sum(|w_new - w|)
 
-It is 1 when all updates are stored, up to 1.1 where weights swing between two codes (`chance.py`), and near 0
+It is 1 when all updates are stored, above 1 where weights swing between two codes (`chance.py`), and near 0
 when rounding eats them. It cannot show an update that was too small before it was stored: where sqrt(v) is
 less than the smallest number of its block, that is read instead. `floored` is the share of such numbers.
 

@@ -1,0 +1,57 @@
+"""What random draws that turn do for a weight: AdamW on a noisy quadratic, weights on an even grid.
+
+    python tests/benchmarks/draws.py        a CPU, two minutes
+
+4,096 weights seek their goals by gradients that are as noisy as they are long (moments in fp32, a constant
+rate). For some ratios of the rate to the gap of the grid: how much rounding adds to the mean square of the
+distance, with draws that turn (`chance.py`) as a part of that with draws that are new in each step, and
+`moved` of both.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from minifp4 import chance
+
+WEIGHTS, STEPS, SPREAD = 4096, 2000, 0.02
+RATIOS = 1 / 27, 1 / 8, 0.6, 2.0
+
+
+def key(step, turning):
+    return chance.rounding_key(0, step, "w") if turning else chance.rounding_key(step, 0, "w")
+
+
+def trained(lr, gap, turning=True):
+    """(mean square of the distance over the second half of the steps, `moved`); gap 0: no rounding."""
+    generator = torch.Generator().manual_seed(0)
+    goal = torch.randn(WEIGHTS // 16, 16, generator=generator) * SPREAD
+    w, m, v = torch.zeros_like(goal), torch.zeros_like(goal), torch.zeros_like(goal)
+    first, total, stored, requested = torch.tensor(0, dtype=torch.int32), 0.0, 0.0, 0.0
+    for step in range(1, STEPS + 1):
+        gradient = w - goal + SPREAD * torch.randn(goal.shape, generator=generator)
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient.square()
+        way = lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        new = w - way
+        if gap:
+            bits = chance.random_bits(torch.tensor(key(step, turning), dtype=torch.int32), first, goal.shape)
+            new = (new / gap + chance.uniform(bits)).floor() * gap
+        stored, requested = stored + ((w - new) * way.sign()).sum(), requested + way.abs().sum()
+        w = new
+        total += (w - goal).square().mean().item() * (step > STEPS // 2)
+    return total / (STEPS // 2), (stored / requested).item()
+
+
+def main():
+    print(f"{'lr / gap':>8}{'turning':>9}{'moved':>8}{'moved, new':>12}")
+    for ratio in RATIOS:
+        lr = 1e-3 if ratio == 2 else 3e-4
+        exact, _ = trained(lr, 0)
+        (turning, moved), (new, moved_new) = (trained(lr, lr / ratio, turning) for turning in (True, False))
+        print(f"{ratio:8.3f}{(turning - exact) / (new - exact):9.2f}{moved:8.3f}{moved_new:12.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
