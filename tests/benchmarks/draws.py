@@ -50,7 +50,8 @@ def main():
         lr = 1e-3 if ratio == 2 else 3e-4
         exact, _ = trained(lr, 0)
         (turning, moved), (new, moved_new) = (trained(lr, lr / ratio, turning) for turning in (True, False))
-        print(f"{ratio:8.3f}{(turning - exact) / (new - exact):9.2f}{moved:8.3f}{moved_new:12.3f}", flush=True)
+        part = (turning - exact) / (new - exact)
+        print(f"{ratio:8.3f}{part:9.2f}{moved:8.3f}{moved_new:12.3f}", flush=True)
 
 
 if __name__ == "__main__":
