@@ -8,7 +8,7 @@ what a step takes anyway; then one layer is computed alone, and what it leaves i
 
 import math
 
-from . import parallel
+from . import needs, parallel
 from .memory import GIB
 
 SPARE = 1 / 16  # of the memory: what lies unusable between tensors
@@ -42,7 +42,8 @@ class Keeper:
         needed, now = self.memory.highest, self.memory.now()[0]
         each = self._kept(*inputs)
         # Twice what a step takes for a while: a recorded one has its own, and an evaluation comes beside it.
-        room = self.memory.room() * (1 - SPARE) - needed - (needed - now)
+        there = needs.available(self.memory.device, self.memory.limit_gib)
+        room = there * (1 - SPARE) - needed - (needed - now)
         layers = len(self.model.layers)
         count = max(0, min(layers, int(room / each)))
         count = -parallel.largest(-count)  # as many as the process with the least room

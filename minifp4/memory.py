@@ -88,13 +88,6 @@ class Memory:
             return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
         return _process()
 
-    def room(self):
-        """Bytes that this process may have in use on its GPU."""
-        if self.limit_gib is not None:
-            return self.limit_gib * GIB
-        torch.cuda.empty_cache()  # what only the allocator has is free as well
-        return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-
     def _reset_peak(self):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

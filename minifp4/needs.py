@@ -47,11 +47,11 @@ def least(config, stored, gradient, **settings):
 
 
 def available(device, limit_gib):
-    """Bytes that a run may take; None where nobody knows."""
+    """Bytes that a run may take, those included that it has; None where nobody knows."""
     if limit_gib is not None:
         return limit_gib * GIB
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows

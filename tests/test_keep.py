@@ -18,7 +18,8 @@ class Scripted:
     """A `Memory` of so many bytes, in which a layer that is computed alone keeps `EACH`."""
 
     def __init__(self, size):
-        self.size, self.highest, self.calls = size, 0, 0
+        self.device, self.limit_gib = None, size / GIB
+        self.highest, self.calls = 0, 0
 
     @contextlib.contextmanager
     def phase(self, name):
@@ -29,9 +30,6 @@ class Scripted:
         self.calls += 1
         handed_on = 16 * 64 * 4  # of 16 tokens
         return (STATIC + (EACH + handed_on if self.calls % 3 == 0 else 0), 0)
-
-    def room(self):
-        return self.size
 
 
 def trained(memory=None):

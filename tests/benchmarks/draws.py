@@ -14,17 +14,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+from ideas import new_key
+
 from minifp4 import chance
 
 WEIGHTS, STEPS, SPREAD = 4096, 2000, 0.02
 RATIOS = 1 / 27, 1 / 8, 0.6, 2.0
 
 
-def key(step, turning):
-    return chance.rounding_key(0, step, "w") if turning else chance.rounding_key(step, 0, "w")
-
-
-def trained(lr, gap, turning=True):
+def trained(lr, gap, key=chance.rounding_key):
     """(mean square of the distance over the second half of the steps, `moved`); gap 0: no rounding."""
     generator = torch.Generator().manual_seed(0)
     goal = torch.randn(WEIGHTS // 16, 16, generator=generator) * SPREAD
@@ -36,7 +35,7 @@ def trained(lr, gap, turning=True):
         way = lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
         new = w - way
         if gap:
-            bits = chance.random_bits(torch.tensor(key(step, turning), dtype=torch.int32), first, goal.shape)
+            bits = chance.random_bits(torch.tensor(key(0, step, "w"), dtype=torch.int32), first, goal.shape)
             new = (new / gap + chance.uniform(bits)).floor() * gap
         stored, requested = stored + ((w - new) * way.sign()).sum(), requested + way.abs().sum()
         w = new
@@ -49,7 +48,8 @@ def main():
     for ratio in RATIOS:
         lr = 1e-3 if ratio == 2 else 3e-4
         exact, _ = trained(lr, 0)
-        (turning, moved), (new, moved_new) = (trained(lr, lr / ratio, turning) for turning in (True, False))
+        turning, moved = trained(lr, lr / ratio)
+        new, moved_new = trained(lr, lr / ratio, new_key)
         part = (turning - exact) / (new - exact)
         print(f"{ratio:8.3f}{part:9.2f}{moved:8.3f}{moved_new:12.3f}", flush=True)
 
