@@ -10,7 +10,8 @@ Each draw is uniform, so rounding is right in the mean. Draws that are new in ea
 but then their errors add up as luck does, to the square root of their number. What turns by an irrational
 part of a circle in each step is spread evenly over the circle by any few steps in a row. So an update that
 stays about the same for ten steps, as AdamW's do, is stored nearly as often as it should be, and rounding
-brings less noise into the weights: on a noisy quadratic, a third to two thirds.
+brings less noise into the weights: on a noisy quadratic a third to two thirds, and a small Qwen3 with 4-bit
+weights pays 5 % of its loss for it instead of 8.5 %.
 
 A weight that swings between two codes has its draws come back when the update the other way has grown. So it
 moves a little more than was asked for; `moved` shows it.

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import parallel
+from .memory import is_shortage, wanted
 
 MANY = 2**20  # more of anything is a slip of the finger, or of another program
 AUTO = -1  # the value of a number for which "auto" was given
@@ -209,6 +210,9 @@ def explained(error):
         return "interrupted", 130
     if isinstance(error, (ValueError, OSError)):
         return f"error: {where}{error}", 2
+    if is_shortage(error):  # in no phase of `memory.py`
+        size = wanted(error)
+        return f"error: {where}memory is not enough" + (f": {size} more were asked for" if size else ""), 2
     if parallel.lost(error):
         why = str(error).splitlines()[0]
         return f"error: {where}another process has ended ({why}); --resume goes on from what is saved", 2

@@ -71,7 +71,7 @@ class Memory:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not _is_shortage(error):
+            if not is_shortage(error):
                 raise
             raise Shortage(self._shortage(error)) from None
         finally:
@@ -103,10 +103,8 @@ class Memory:
             used += " beside the interpreter"
         if self.device.type == "cuda":
             used += f" ({torch.cuda.memory_reserved(self.device) / GIB:.2f} with what the allocator keeps)"
-        if wanted := re.search(r"allocate ([\d.]+) (\w+)", str(error)):
-            size, unit = float(wanted[1]), wanted[2]  # "742.00 MiB" on a GPU, "13762560 bytes" on a CPU
-            used += f" and {size / 2**20:.2f} MiB" if unit == "bytes" else f" and {size} {unit}"
-            used += " more were asked for"
+        if size := wanted(error):
+            used += f" and {size} more were asked for"
         advice = " or ".join(what for what in ADVICE[self.current] if what not in self.in_use)
         return f"{limit} is not enough: in the phase {self.current!r} {used}; less is needed with {advice}"
 
@@ -115,8 +113,17 @@ class Memory:
         return max((phase["peak"] for phase in self.phases.values()), default=self.now()[1])
 
 
-def _is_shortage(error):
+def is_shortage(error):
+    """Whether an error says that memory is short."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def wanted(error):
+    """What such an error says was asked for, "742.0 MiB", or None."""
+    if not (found := re.search(r"allocate ([\d.]+) (\w+)", str(error))):
+        return None
+    size, unit = float(found[1]), found[2]  # "742.00 MiB" on a GPU, "13762560 bytes" on a CPU
+    return f"{size / 2**20:.2f} MiB" if unit == "bytes" else f"{size} {unit}"
 
 
 def _process():

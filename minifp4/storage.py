@@ -119,10 +119,10 @@ class NVFP4Moment:
         return from_units(codes, scale, row_scale)
 
     def floored(self):
-        """(how many numbers have the smallest code, of how many), both int64 []; rows that are 0 do not
-        count."""
+        """(numbers with the smallest code, all of them), int64 []; rows that are 0 do not count."""
         at_floor, counted = 0, 0
-        for rows in row_chunks(self.tensors["qdata"]):
+        few = max(1, 2**21 // self.tensors["qdata"].shape[1])  # to count truths torch makes them int64
+        for rows in row_chunks(self.tensors["qdata"], few):
             codes, used = self.tensors["qdata"][rows], self.tensors["row_scale"][rows] > 0
             at_floor += ((codes & 15 <= self.least) & used).sum() + ((codes >> 4 <= self.least) & used).sum()
             counted += used.sum() * codes.shape[1] * 2

@@ -16,7 +16,7 @@ from conftest import ROOT, export, read_lines, small_directory, small_model, tra
 
 import minifp4
 import train as program
-from minifp4 import chat, masters, nvfp4, watch
+from minifp4 import chat, cli, masters, nvfp4, watch
 from minifp4.files import atomic, checkpoint, layouts, safetensors
 from minifp4.files.atomic import bits, only_user, replacing, tidy
 
@@ -259,6 +259,17 @@ def test_a_second_signal_ends_at_once(settings, tmp_path):
 
 
 # Runs that go on
+
+
+def test_memory_that_is_short_between_two_phases_is_told_in_a_line(monkeypatch, capsys):
+    def too_much(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB. GPU 0 has a total of")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as left:
+        cli.run(too_much, program.Settings, "")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: memory is not enough: 128.00 MiB more were asked for\n"
 
 
 def test_the_newest_checkpoint_is_the_one_with_the_largest_step(settings, tmp_path):

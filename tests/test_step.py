@@ -1,5 +1,7 @@
 """One step, in any order: the same weights bit for bit, and nothing written when something is not finite."""
 
+import gc
+
 import pytest
 import torch
 from conftest import small_model
@@ -124,8 +126,13 @@ def test_a_step_too_large_to_be_recorded_runs_kernel_by_kernel(in_backward, monk
         return update(name, *rest)
 
     monkeypatch.setattr(optimizer, "update", too_large)
+    gc.collect()  # of the runs before
     found, step = stepped(in_backward, start=(model, optimizer), graph=True)
     assert list(step.run.recorded.values()) == [None] and not different(expected, found)
+    step.close()
+    there = torch.cuda.memory_allocated()
+    gc.collect()
+    assert torch.cuda.memory_allocated() == there  # the attempts have left nothing
 
 
 def test_after_close_gradients_stay():

@@ -10,6 +10,7 @@ small. A gradient then lives until its update is over, so a few may wait (`BEHIN
 """
 
 import contextlib
+import gc
 from functools import partial
 
 import torch
@@ -93,6 +94,9 @@ class Recorder:
                 outputs = self._run_beside([inputs])
         except (Shortage, torch.OutOfMemoryError):
             self.step.optimizer.zero_grad()
+            graph = None
+        if graph is None:
+            gc.collect()  # what the error still held: the next step needs it
             return None
         self.pool = graph.pool()
         return graph, inputs, outputs

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from minifp4 import chance, nvfp4, optim, packed, storage
+from minifp4 import chance, masters, nvfp4, optim, packed, storage
 from minifp4.fused import codes
 from minifp4.fused import update as fused
 from minifp4.nvfp4 import BLOCK, E2M1_MAX, e2m1_code, in_units, pair
@@ -39,7 +39,12 @@ IDEAS = {
     "bf16 nvfp4, new draws in each step": BF16 | {"new_draws": True},
     "nvfp4x2 nvfp4, new draws in each step": X2 | {"new_draws": True},
     "nvfp4 nvfp4, new draws in each step": SINGLE | {"new_draws": True},
+    # what rounding a weight leaves over goes into m (ECO, Nikdan et al. 2026)
+    "nvfp4x2 nvfp4, errors into m": X2 | {"state": "wide", "errors": 1.0},
+    "nvfp4 nvfp4, errors into m": SINGLE | {"state": "wide", "errors": 1.0},
+    "nvfp4 nvfp4, half of the errors into m": SINGLE | {"state": "wide", "errors": 0.5},
     # settings
+    "nvfp4x2 nvfp4, head, embedding, last layer bf16": X2 | {"ends": "bf16"},
     "nvfp4x2 nvfp4, beta1 .95": X2 | {"beta1": 0.95},
     "fp32 fp32, beta1 .95": FP32 | {"beta1": 0.95},
     "nvfp4 nvfp4, beta1 .95": SINGLE | {"beta1": 0.95},
@@ -68,6 +73,13 @@ IDEAS = {
 
 class Plain(storage.NVFP4Moment):
     """NVFP4 moments that the wing does not know, so that the update is the plain one."""
+
+
+class Wide(Plain):
+    """Moments whose rows are scaled by what they hold, which `bounds` of gradients do not say."""
+
+    def encode(self, x, rows, bits=None, bound=None):
+        return super().encode(x, rows, bits, x.abs().amax(1, keepdim=True))
 
 
 class Variant(storage.NVFP4Moment):
@@ -123,8 +135,8 @@ class NearestScale(Variant):
 
 
 KINDS = {
-    "plain": Plain, "eight levels": EightLevels, "nearest root": NearestRoot, "own draws": OwnDraws,
-    "upward root": UpwardRoot, "nearest scale": NearestScale,
+    "plain": Plain, "wide": Wide, "eight levels": EightLevels, "nearest root": NearestRoot,
+    "own draws": OwnDraws, "upward root": UpwardRoot, "nearest scale": NearestScale,
 }  # fmt: skip
 
 
@@ -140,6 +152,8 @@ def apply(how):
         optim.rounding_key = new_key
     if how.get("relative"):
         optim.adamw = fused.adamw = partial(relative, optim.adamw)
+    if "errors" in how:
+        optim.update = partial(errors_into_m, how["errors"])
     if how.get("quarter"):
         optim.adamw = partial(quarter, optim.adamw)
 
@@ -158,6 +172,24 @@ def relative(adamw, w, g, m, root, hyper, limited=optim.limited):
     return u, mean * inverse, root
 
 
+def errors_into_m(part, stores, rows, grad, survey, bits, hyper, ok, movement):
+    """`optim.update` that puts `part` of what is not stored in a weight into its m, which asks for it again:
+    if m were exact, a weight and what m owes it would together move as an exact weight does."""
+    ok = ok & survey.squares.isfinite()
+    w, m, root = (store.read(rows) for store in stores)
+    u, m, root = optim.adamw(w, grad.float(), m, root, hyper)
+    wanted, new = w - hyper.lr * u, [None] * 3
+    new[0] = stores[0].encode(wanted, rows, bits)
+    storage.write(stores[0], rows, new[0], ok)
+    left = (wanted - stores[0].read(rows)) * (root * hyper.root_gain + hyper.eps) / hyper.lr
+    m = m - part * (1 / hyper.beta1 - 1) * left
+    for number, moment in ((1, m), (2, root)):
+        new[number] = stores[number].encode(moment, rows, bits >> 10)
+        storage.write(stores[number], rows, new[number], ok)
+    along = (w - stores[0].read(rows)) * torch.ones_like(u).copysign(u)
+    movement += torch.where(ok, torch.stack([hyper.lr * u.abs().sum(), along.sum()]), 0.0).unsqueeze(1)
+
+
 def quarter(adamw, w, g, m, root, hyper, limited=optim.limited):
     """Each step moves a quarter of the blocks, four times as far."""
     u, m, root = adamw(w, g, m, root, hyper, limited)
@@ -169,6 +201,10 @@ def quarter(adamw, w, g, m, root, hyper, limited=optim.limited):
 
 def change_weights(model, how):
     """What is to be changed in a new model."""
+    if kind := how.get("ends"):
+        masters.choose_trained(model, lm_head=True, embed=True, last_layers=1)
+        masters.set_masters(model, kind)
+        masters.choose_trained(model, lm_head=True, embed=True)
     if factor := how.get("global_scale"):
         for layer in [*model.linears(), model.model.embed_tokens]:
             layer.weight.scale.copy_(layer.weight.scale.float() / factor)

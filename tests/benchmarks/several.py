@@ -100,60 +100,66 @@ def measure(chosen):
     """In each process: print, in the first, a line for each size and batch."""
     parallel.start("cpu" if chosen.quick else None)
     device, rows = "cpu" if chosen.quick else "cuda", []
-    config, recorder = config_of(chosen.size), None
+    config, forget = config_of(chosen.size), lambda: None
     if chosen.memory_limit_gb:
         Memory(torch.device(device, torch.cuda.current_device()), chosen.memory_limit_gb)
     if chosen.theirs:
         run = of_hugging_face(config, device)
     else:
         model, recorder, run = ours(config, device, not chosen.no_cuda_graph)
+        forget = recorder.forget if recorder else forget
+    whole = parallel.ranks() > 1 and not chosen.theirs and not chosen.short
     for batch, tokens in chosen.batches:
         generator = torch.Generator().manual_seed(parallel.rank())
         ids = torch.randint(0, config.vocab_size, (batch, tokens), generator=generator).to(device)
-        if recorder:
-            recorder.forget()  # the memory of the batch before
+        row = {"what": "HF + DDP" if chosen.theirs else "minifp4", "size": chosen.size,
+               "gpus": parallel.ranks(), "batch": f"{batch}x{tokens}"}  # fmt: skip
+        if whole:
+            with silent():
+                row["alone_ms"] = 1e3 * timed(run, ids, device, chosen.steps)
+            forget()  # a recorded step without what is sent
         run(ids)  # compiles
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        row = {"what": "HF + DDP" if chosen.theirs else "minifp4", "size": chosen.size,
-               "gpus": parallel.ranks(), "batch": f"{batch}x{tokens}",
-               "recorded": bool(recorder and recorder.graphs)}  # fmt: skip
         row["ms"] = 1e3 * timed(run, ids, device, chosen.steps)
         row["tokens_per_second"] = parallel.ranks() * ids.numel() / row["ms"] * 1e3
         row["gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
         row["gone_gib"] = gone() / 2**30 if device == "cuda" else 0.0
-        if parallel.ranks() > 1 and not chosen.theirs and not chosen.short:
-            all_of_it = recorded(lambda: exchange(model), device, "thread_local")
-            row["sent_ms"] = 1e3 * statistics.median(seconds(all_of_it, device, 3, 1))
-            del all_of_it
-            if recorder:
-                recorder.forget()
-            with silent():
-                row["alone_ms"] = 1e3 * timed(run, ids, device, chosen.steps)
-            if recorder:
-                recorder.forget()
-            row["hidden"] = max(0.0, 1 - max(0.0, row["ms"] - row["alone_ms"]) / row["sent_ms"])
         rows.append(row)
-        more = "".join(f"{row[key]:9.1f}" for key in ("alone_ms", "sent_ms") if key in row)
-        more += f"{row['hidden']:8.0%}" if "hidden" in row else ""
         if parallel.rank() == 0:
             print(
                 f"{row['what']:10}{row['size']:>5}{row['gpus']:5}{row['batch']:>9}{row['ms']:10.1f}"
-                f"{row['tokens_per_second']:10,.0f}{row['gib']:8.2f}{row['gone_gib']:8.2f}{more}",
+                f"{row['tokens_per_second']:10,.0f}{row['gib']:8.2f}{row['gone_gib']:8.2f}"
+                + (f"{row['alone_ms']:9.1f}" if whole else ""),
                 flush=True,
             )
-    if chosen.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            run(ids)
-            torch.cuda.synchronize()
+        if chosen.profile and (batch, tokens) == chosen.batches[-1]:
+            profile(run, ids)
+        forget()  # the memory of this batch
+    if whole:  # last, because it takes memory: as much as all gradients
+        sent = 1e3 * statistics.median(seconds(recorded(lambda: exchange(model), device, "thread_local"),
+                                               device, 3, 1))  # fmt: skip
+        for row in rows:
+            row["sent_ms"] = sent
+            row["hidden"] = max(0.0, 1 - max(0.0, row["ms"] - row["alone_ms"]) / sent)
         if parallel.rank() == 0:
-            kernels = sorted(seen.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-            for kernel in kernels[:16]:
-                print(f"    {kernel.self_device_time_total / 1e3:9.2f} ms {kernel.count:6} {kernel.key[:90]}")
+            shares = ", ".join(f"{row['hidden']:.0%} at {row['batch']}" for row in rows)
+            print(f"sent: {sent:.1f} ms, hidden {shares}", flush=True)
     if parallel.rank() == 0 and chosen.json:
         chosen.json.write_text(json.dumps(rows))
     parallel.close()
+
+
+def profile(run, ids):
+    """Print the kernels that take most of a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run(ids)
+        torch.cuda.synchronize()
+    if parallel.rank() == 0:
+        kernels = sorted(seen.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+        for kernel in kernels[:16]:
+            print(f"    {kernel.self_device_time_total / 1e3:9.2f} ms {kernel.count:6} {kernel.key[:90]}")
 
 
 def main():
@@ -182,7 +188,7 @@ def main():
     there = 2 if chosen.quick else torch.cuda.device_count()
     print(f"{there} x {place(device)}, torch {torch.__version__}")
     print(f"{'':10}{'':>5}{'GPUs':>5}{'a GPU':>9}{'ms':>10}{'tokens/s':>10}{'GiB':>8}{'gone':>8}"
-          f"{'alone':>9}{'sent':>9}{'hidden':>8}", flush=True)  # fmt: skip
+          f"{'alone':>9}", flush=True)  # fmt: skip
     rows, begin = [], time.perf_counter()
     for size in chosen.size or (["tiny"] if chosen.quick else ["4B", "8B"]):
         for count in chosen.gpus or [n for n in (1, 2, 4, 8) if n <= there]:
