@@ -269,7 +269,7 @@ def test_memory_that_is_short_between_two_phases_is_told_in_a_line(monkeypatch, 
     with pytest.raises(SystemExit) as left:
         cli.run(too_much, program.Settings, "")
     assert left.value.code == 2
-    assert capsys.readouterr().err == "error: memory is not enough: 128.00 MiB more were asked for\n"
+    assert capsys.readouterr().err == "error: memory is not enough: 128.0 MiB more were asked for\n"
 
 
 def test_the_newest_checkpoint_is_the_one_with_the_largest_step(settings, tmp_path):
