@@ -7,6 +7,7 @@ that store moments in another way are classes like those of `minifp4/storage.py`
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from minifp4 import chance, masters, nvfp4, optim, packed, storage
 from minifp4.fused import codes
@@ -25,7 +26,13 @@ IDEAS = {
     "nvfp4 nvfp4": SINGLE,
     # the forward pass
     "fp32 fp32, four over six": FP32 | {"four_over_six": True},
+    # products
+    "nvfp4x2 nvfp4, products in E4M3": X2 | {"e4m3": "all"},
+    "nvfp4x2 nvfp4, products of gradients in E4M3": X2 | {"e4m3": "gradients"},
     # moments
+    "bf16 int8": BF16 | {"state": "int8"},
+    "bf16 nvfp4, m in int8": BF16 | {"state": "int8 m"},
+    "bf16 nvfp4, sqrt(v) in int8": BF16 | {"state": "int8 root"},
     "bf16 nvfp4, 8 levels to nearest": BF16 | {"state": "eight levels"},
     "bf16 nvfp4, 16 levels to nearest": BF16 | {"state": "nearest root"},
     "bf16 nvfp4, 16 draws a block for sqrt(v)": BF16 | {"state": "own draws"},
@@ -134,7 +141,14 @@ class NearestScale(Variant):
         return e2m1_code(y, bits)
 
 
+def mixed(m, root):
+    """A kind of moments of which m is stored in one way and sqrt(v) in another."""
+    return lambda shape, device, positive: (root if positive else m)(shape, device, positive)
+
+
 KINDS = {
+    "int8 m": mixed(storage.Int8Moment, storage.NVFP4Moment),
+    "int8 root": mixed(storage.NVFP4Moment, storage.Int8Moment),
     "plain": Plain, "wide": Wide, "eight levels": EightLevels, "nearest root": NearestRoot,
     "own draws": OwnDraws, "upward root": UpwardRoot, "nearest scale": NearestScale,
 }  # fmt: skip
@@ -215,6 +229,36 @@ def change(model, how):
     """What is to be changed in the model that trains."""
     for layer in model.linears() if how.get("four_over_six") else ():
         layer.value = partial(four_over_six, layer)
+    for layer in model.linears()[:-1] if "e4m3" in how else ():  # not the head
+        layer.forward = partial(e4m3_product, layer, how["e4m3"] == "all")
+
+
+def e4m3_product(layer, forward, x, gate=None):
+    """`Linear.forward` with FP8 products; forward: that of the forward pass too."""
+    return E4M3Product.apply(x if gate is None else F.silu(gate) * x, layer.weight, layer, forward)
+
+
+class E4M3Product(torch.autograd.Function):
+    """What tensor cores make of operands in E4M3, each with one power of two as its scale: products of such
+    numbers are exact, and so are the numbers in bf16."""
+
+    @staticmethod
+    def forward(ctx, x, weight, layer, forward):
+        ctx.save_for_backward(x, weight)
+        ctx.layer = layer
+        w = layer.value(x.dtype)
+        return F.linear(e4m3(x), e4m3(w)) if forward else F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, dy = (e4m3(each) for each in (ctx.saved_tensors[0], ctx.layer.value(dy.dtype), dy))
+        return dy @ w, dy.flatten(0, -2).T @ x.flatten(0, -2), None, None
+
+
+def e4m3(x):
+    """`x` rounded to E4M3, in its own type."""
+    scale = torch.exp2(torch.floor(torch.log2(448 / x.abs().amax().float().clamp(min=1e-30))))
+    return ((x.float() * scale).to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
 
 
 def four_over_six(layer, dtype, rows=slice(None)):
