@@ -42,6 +42,7 @@ class Recorder:
         self.step, self.plain_run, self.plain_close, self.graphs = step, step.run, step.close, graphs
         self.seen, self.recorded, self.pool = set(), {}, None
         self.stream, self.waiting = None, []  # of updates; [(event after it, gradient)]
+        self.main = None  # on which steps are recorded: one, for each has memory of its own for products
 
     def __call__(self, batches):
         shape = tuple(part.shape for part in batches[0])
@@ -83,13 +84,13 @@ class Recorder:
         None if a recorded step finds too little memory: what it allocates is its own.
         """
         inputs = [tensor.clone() for tensor in batch]
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(priority=-1)
+        graph, self.main = torch.cuda.CUDAGraph(), self.main or torch.cuda.Stream(priority=-1)
         # With others, NCCL has threads that look at what runs, which is no part of what is recorded.
         mode = "global" if ranks() == 1 else "thread_local"
         try:
             with (
                 self._beside(),
-                torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode=mode),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.main, capture_error_mode=mode),
             ):
                 outputs = self._run_beside([inputs])
         except (Shortage, torch.OutOfMemoryError):

@@ -89,10 +89,10 @@ def run(*words):
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def measure(size, card, source, master, tokens, steps, device, folder):
+def measure(size, card, source, master, tokens, more, steps, device, folder):
     """One cell of the table."""
     start = time.perf_counter()
-    row = {"size": size, "card": card, "source": source, "master": master, "tokens": tokens}
+    row = {"size": size, "card": card, "source": source, "master": master, "tokens": tokens, "more": more}
     row["source_gib"] = write(folder / "model", size, source, device) / 2**30
     print(f"wrote {row['source_gib']:.3f} GiB in {time.perf_counter() - start:.1f} s", flush=True)
     out, report = folder / "out", folder / "memory.json"
@@ -100,7 +100,7 @@ def measure(size, card, source, master, tokens, steps, device, folder):
     if device == "cuda":
         torch.cuda.empty_cache()
     first = ["--model", folder / "model", "--steps", steps, "--master-dtype", master, *FLAGS]
-    first += ["--batch-tokens", tokens]
+    first += ["--batch-tokens", tokens, *more.split()]
     row["train_s"], row["host_gib"] = run("train.py", *first, "--out", out, "--memory-report", report, *limit)
     phases = json.loads(report.read_text())["phases"]
     row["phases_gib"] = {name: phase["peak"] / 2**30 for name, phase in phases.items()}
@@ -123,6 +123,7 @@ def main():
     parser.add_argument("--source", default="bf16", choices=("bf16", "nvfp4"))
     parser.add_argument("--master", default="nvfp4", choices=MASTERS)
     parser.add_argument("--tokens", type=int, default=2048, help="in a packed row")
+    parser.add_argument("--more", default="", help='further flags of train.py: --more="--no-cuda-graph"')
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--folder", help="where to write; default: the system's for temporary files")
     parser.add_argument("--json", type=Path, help="add the row to this file")
@@ -131,7 +132,7 @@ def main():
     size = "tiny" if chosen.quick else chosen.size
     print(f"{place(device)}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        kinds = chosen.source, chosen.master, chosen.tokens
+        kinds = chosen.source, chosen.master, chosen.tokens, chosen.more
         row = measure(size, chosen.card, *kinds, chosen.steps, device, Path(folder))
     print(
         f"{size} in {chosen.master} on {chosen.card:g} GiB less {OTHERS:g}, from {chosen.source}, rows of "
