@@ -23,15 +23,15 @@ nearest code: a weight between two codes creeps through 16 places until it is re
 
 At 40, in the middle, both codes are as near. Always taking the higher would read one weight in 32 a step too
 large; so it is the higher in even columns and the lower in odd ones, where `more` goes from -7 to 8. Having
-no such place (39 or 41, by chance) would be right on average too, and is much worse: +2.7 % of loss. A
-weight that hovers between two codes should go to and fro quickly, so that what is read averages out, and a
-missing place makes it stay twice as long.
+no such place (39 or 41, by chance) would be right on average too, and costs 2.7 % of loss: a weight that
+hovers between two codes should go to and fro quickly, so that what is read averages out.
 
-A new block scale shifts the grid under all 16 numbers, also under those that did not move. So a block keeps
-its scale while its largest number is between 2.9 and 6 times it. When in `nvfp4` one grows a little beyond
+A new block scale shifts the grid under all 16 numbers, also under those that did not move. So in `nvfp4` a
+block keeps its scale while its largest number is between 2.9 and 6 times it. When one grows a little beyond
 6, the scale too is rounded stochastically: it seldom takes the next value, and then that number goes to 6
 times it; else the number is cut. On average it grows as it should, and most of the time the other fifteen
-stay as they are. In `nvfp4x2` there are places up to 6.875, beyond what any nearest scale leaves.
+stay as they are. In `nvfp4x2` a shift costs little, but a number between 5 and 6.875 times the scale is read
+as 6 times it, whatever it does. So the scale follows, and stays only below 5, as some programs choose it.
 """
 
 import torch
@@ -41,7 +41,7 @@ from .nvfp4 import (
     from_units, in_units, look_up, neighbour, pair, pair_table, quantize, row_chunks, weight_global_scale,
 )  # fmt: skip
 
-KEEP = 2.9  # a block's scale stays while its largest number is in (KEEP, E2M1_MAX] times it
+KEPT_FROM, KEPT_TO = 2.9, (E2M1_MAX, 5.0)  # times a scale: where a block's largest number keeps it; nvfp4, x2
 PLACES = 16  # of `nvfp4x2` for each code
 MIDDLES = 8, 7  # at which of them the code itself lies, in even and in odd columns
 LAST = 8 * PLACES - 1  # the last place of code 7, counted from the first of code 0
@@ -97,7 +97,7 @@ class Packed(torch.Tensor):
         x = x.unflatten(-1, (-1, BLOCK))  # [rows, in] -> [rows, in/16, 16]
         bits = None if bits is None else bits.view(x.shape)
         amax, unit = x.abs().amax(-1), old.float() * self.global_scale
-        scale_fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
+        scale_fits = (amax > KEPT_FROM * unit) & (amax <= KEPT_TO[self.more is not None] * unit)
         if bits is None or self.more is not None:
             new_scale = block_scale(amax, encode_scale)
         else:

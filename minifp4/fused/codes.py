@@ -19,7 +19,7 @@ only for GPUs of compute capability 8.9 and later. Packed weights are {name: ten
 import torch
 
 from ..nvfp4 import BLOCK, DRAWS, E2M1_MAX, E4M3_MAX, FP32_MAX
-from ..packed import KEEP, LAST, MIDDLES, PLACES
+from ..packed import KEPT_FROM, KEPT_TO, LAST, MIDDLES, PLACES
 
 SIGN = -(2**31)  # the bit of the sign in fp32
 ONE, SIX, SEVEN = 0x3F800000, 0x40C00000, 0x40E00000  # the bits of 1.0, 6.0 and 7.0 in fp32
@@ -257,7 +257,7 @@ def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
     old, encode_scale = e4m3(parts["scale"]), 1 / global_scale
     amax = block_amax(in_blocks(x))
     unit = old * global_scale
-    scale_fits = (amax > KEEP * unit) & (amax <= E2M1_MAX * unit)
+    scale_fits = (amax > KEPT_FROM * unit) & (amax <= KEPT_TO[finer] * unit)
     if bits is None or finer:
         new_scale = block_scale(amax, encode_scale)
     else:

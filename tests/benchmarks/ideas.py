@@ -67,10 +67,9 @@ IDEAS = {
     "nvfp4 nvfp4, four batches a step, 4 x the lr": SINGLE | {"accumulate": 4, "lr": 4.0},
     "nvfp4 nvfp4, a random quarter of the blocks, 4 x": SINGLE | {"state": "plain", "quarter": True},
     # scales and ends, of single nvfp4
-    "nvfp4x2 nvfp4, block scales kept from 4 on": X2 | {"keep": 4.0},
-    "nvfp4x2 nvfp4, block scales kept from 5.5 on": X2 | {"keep": 5.5},
-    "nvfp4 nvfp4, block scales kept from 4 on": SINGLE | {"keep": 4.0},
-    "nvfp4 nvfp4, block scales kept from 5.5 on": SINGLE | {"keep": 5.5},
+    "nvfp4x2 nvfp4, block scales kept up to 6": X2 | {"keep": (2.9, (6.0, 6.0))},
+    "nvfp4 nvfp4, block scales kept from 4 on": SINGLE | {"keep": (4.0, (6.0, 5.0))},
+    "nvfp4 nvfp4, block scales kept from 5.5 on": SINGLE | {"keep": (5.5, (6.0, 5.0))},
     "nvfp4 nvfp4, ends x2, twice the lr": SINGLE | {"finer_ends": True, "lr": 2.0},
     "nvfp4 nvfp4, global scale x 8": SINGLE | {"global_scale": 8.0},
     "nvfp4 nvfp4, weight decay by the global scale": SINGLE | {"decay": 0.0, "outside": True},
@@ -158,7 +157,7 @@ def apply(how):
     """What is to be changed before an optimizer is made, in a process that runs this idea alone."""
     storage.KINDS.update(KINDS)
     if "keep" in how:
-        packed.KEEP = codes.KEEP = how["keep"]
+        packed.KEPT_FROM, packed.KEPT_TO = codes.KEPT_FROM, codes.KEPT_TO = how["keep"]
     if "limit" in how:
         optim.MAX_UPDATE = how["limit"]
         fused.LIMIT = torch.tensor(how["limit"]).view(torch.int32).item()

@@ -5,6 +5,7 @@
     python tests/benchmarks/quality.py --middle       a CPU, two minutes a run
     python tests/benchmarks/quality.py lora           beside LoRA on the same base in 4 bits (needs peft)
     python tests/benchmarks/quality.py ideas          ways to a better 4 bits, each alone (`ideas.py`)
+    python tests/benchmarks/quality.py ideas tuned-ideas        also fine-tuned to C++
     python tests/benchmarks/quality.py lengths        half and four times as many steps
     python tests/benchmarks/quality.py --plot FILE.json   the figure of the README
 
@@ -399,6 +400,7 @@ PARTS = {
     "tune": (TUNED, lambda size: tuning(size, TUNING if size["hidden"] == FULL["hidden"] else TUNING[1:])),
     "lora": (BESIDE | LORA, lambda size: tuning(size, [("c++", lr) for lr in RATES])),
     "ideas": (ideas.IDEAS, scratch),
+    "tuned-ideas": (ideas.IDEAS, lambda size: tuning(size, TUNING[:2])),
     "lengths": (LENGTHS, lengths),
 }
 
@@ -423,7 +425,7 @@ def main():
     parts = [PARTS[part] for part in chosen.parts]
     plans = [(only(kinds, chosen), settings(size)) for kinds, settings in parts]
     needs_base = any(run["domain"] != "python" for _, runs in plans for run in runs.values())
-    if needs_base and "scratch" not in chosen.parts:
+    if needs_base and chosen.parts[0] not in ("scratch", "ideas"):
         plans.insert(0, ({REFERENCE: GRID[REFERENCE]}, scratch(size)))
     most = {}
     for run in (run for _, runs in plans for run in runs.values()):
