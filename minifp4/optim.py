@@ -322,8 +322,7 @@ class AdamW:
         return stored / requested if requested else math.nan
 
     def floored(self):
-        """The share of sqrt(v) that is stored as the smallest number of its block; NaN where no block has
-        one."""
+        """The share of sqrt(v) that is stored as the smallest number of a block; NaN where none has one."""
         roots = (part.stores[2] for part in self.all_parts() if part.counts)
         counts = [torch.stack(root.floored()) for root in roots if hasattr(root, "floored")]
         none = torch.zeros(2, dtype=torch.int64, device=self.zero.device)

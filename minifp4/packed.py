@@ -50,8 +50,7 @@ LAST = 8 * PLACES - 1  # the last place of code 7, counted from the first of cod
 class Packed(torch.Tensor):
     """`Packed(q)`: the matrix [out, in] whose `NVFP4` is `q`.
 
-    more: of nvfp4x2, uint8 [out, in/2], the even element in the low half of the byte: `MIDDLES` + its four
-    bits.
+    more: of nvfp4x2, uint8 [out, in/2]: `MIDDLES` + four bits, of the even element in the low half.
     """
 
     @staticmethod
@@ -190,16 +189,20 @@ def _stochastic_scale(x, amax, global_scale, chance, scale_fits):
 
 
 def pack(weight, global_scale, finer):
-    """A weight as `Packed` (`finer`: nvfp4x2), rounded to nearest; one that is packed keeps its codes and its
-    global scale."""
+    """A weight as `Packed` (`finer`: nvfp4x2), read as `quantize` has it; one that is packed keeps its codes
+    and its global scale."""
     packed = isinstance(weight, Packed)
     tensors = weight.tensors() if packed else quantize(weight, global_scale=global_scale)._asdict()
     on_code = torch.full_like(tensors["qdata"], MIDDLES[0] | MIDDLES[1] << 4)  # of numbers that are codes
     more = tensors.get("more", on_code) if finer else None
     new = Packed(NVFP4(*(tensors[name].clone() for name in NVFP4._fields)), more)
-    if finer and not packed:
-        for rows in row_chunks(weight):
-            new.store(weight.detach()[rows].float(), rows)
+    for rows in row_chunks(weight) if finer and not packed else ():
+        codes = tensors["qdata"][rows]
+        new.store(weight.detach()[rows].float(), rows)
+        wrong = new.qdata[rows] ^ codes  # a middle that is read as the farther code: take the place beside it
+        more = torch.where(wrong & 7 > 0, new.more[rows] | 15, new.more[rows])
+        new.more[rows] = torch.where(wrong & 7 << 4 > 0, more & 15, more)
+        new.qdata[rows] = codes
     return new
 
 
@@ -208,8 +211,7 @@ def pack_exactly(weight):
     it is.
 
     An export keeps the head, or everything, in bf16: values of codes. Quantizing such a block anew finds
-    its scale if its largest number is 6 times it; the scale may also be one that was kept, and the largest
-    number 4 or 3.
+    its scale if its largest number is 6 times it; if the scale was kept, it may also be 4 or 3.
     """
     global_scale, parts = weight_global_scale(weight), []
     for rows in row_chunks(weight):  # the first rows tell most other matrices apart
