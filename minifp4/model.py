@@ -264,7 +264,7 @@ class Qwen3(nn.Module):
         return [module for module in self.modules() if isinstance(module, Linear)]
 
     def set_compute_dtype(self, dtype):
-        """Activations and gradients in `dtype`, whatever weights are stored in; fp16 would lose small ones."""
+        """Activations and gradients in `dtype`, whatever weights are stored in (fp16 loses small ones)."""
         self.model.compute_dtype = dtype
         for p in self.parameters():
             p.grad_dtype = dtype

@@ -67,6 +67,7 @@ IDEAS = {
     "nvfp4 nvfp4, four batches a step, 4 x the lr": SINGLE | {"accumulate": 4, "lr": 4.0},
     "nvfp4 nvfp4, a random quarter of the blocks, 4 x": SINGLE | {"state": "plain", "quarter": True},
     # scales and ends, of single nvfp4
+    "nvfp4x2 nvfp4, middles at the start": X2 | {"middles": True},
     "nvfp4x2 nvfp4, block scales kept up to 6": X2 | {"keep": (2.9, (6.0, 6.0))},
     "nvfp4 nvfp4, block scales kept from 4 on": SINGLE | {"keep": (4.0, (6.0, 5.0))},
     "nvfp4 nvfp4, block scales kept from 5.5 on": SINGLE | {"keep": (5.5, (6.0, 5.0))},
@@ -165,6 +166,8 @@ def apply(how):
         optim.rounding_key = new_key
     if how.get("relative"):
         optim.adamw = fused.adamw = partial(relative, optim.adamw)
+    if how.get("middles"):
+        masters.pack = partial(with_middles, masters.pack)
     if "errors" in how:
         optim.update = partial(errors_into_m, how["errors"])
     if how.get("quarter"):
@@ -183,6 +186,14 @@ def relative(adamw, w, g, m, root, hyper, limited=optim.limited):
         return u, torch.full_like(root, 1.0), root
     inverse = (root.square() + nvfp4.FP32_MIN).rsqrt()
     return u, mean * inverse, root
+
+
+def with_middles(pack, weight, global_scale, finer):
+    """`packed.pack` that rounds to the nearest place, whichever code that is read as."""
+    new = pack(weight, global_scale, finer)
+    if finer and not isinstance(weight, packed.Packed):
+        new.store(weight.detach().float())
+    return new
 
 
 def errors_into_m(part, stores, rows, grad, survey, bits, hyper, ok, movement):
