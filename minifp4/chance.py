@@ -14,7 +14,9 @@ brings less noise into the weights: on a noisy quadratic a third to two thirds, 
 weights pays 5 % of its loss for it instead of 8.5 %.
 
 A weight that swings between two codes has its draws come back when the update the other way has grown. So it
-moves a little more than was asked for; `moved` shows it.
+moves a little more than was asked for; `moved` shows it. And a draw is any number only for one who does not
+know what the last ones did: where a move of a block's largest number brings a new scale, `packed.py` takes
+upper bits instead of the lower ones that made it move.
 """
 
 import hashlib

@@ -106,6 +106,8 @@ class Packed(torch.Tensor):
         y = in_units(x, scale, encode_scale)
         if self.more is None:
             return {"qdata": pair(e2m1_code(y, bits).flatten(-2)), "scale": scale}
+        if bits is not None:  # the step that moved the largest number has used up its lower bits
+            bits = bits >> torch.where(scale.float() == old.float(), 0, 14).int().unsqueeze(-1)
         middle = MIDDLES[0] - torch.arange(BLOCK, device=x.device) % 2  # 8, 7, 8, 7, ...
         place = (code(y.abs().clamp(max=7.0), bits, PLACES) + middle).clamp(max=LAST).to(torch.uint8)
         codes = place // PLACES | torch.signbit(y).to(torch.uint8) << 3
@@ -207,8 +209,7 @@ def pack(weight, global_scale, finer):
 
 
 def pack_exactly(weight):
-    """A dense matrix whose numbers all lie on an NVFP4 grid as `Packed`, without any change; any other as
-    it is.
+    """A dense matrix whose numbers all lie on an NVFP4 grid as `Packed`, unchanged; any other as it is.
 
     An export keeps the head, or everything, in bf16: values of codes. Quantizing such a block anew finds
     its scale if its largest number is 6 times it; if the scale was kept, it may also be 4 or 3.
@@ -237,8 +238,7 @@ def _codes_of_values(x, global_scale):
 
 
 def refit(weights):
-    """Double the global scale of packed `weights` that share one, where a block scale nears the end of its
-    range.
+    """Double the global scale that packed `weights` share, where a block scale nears the end of its range.
 
     All block scales are halved, so that no number changes (but in E4M3's subnormals, by half their step).
     """

@@ -121,8 +121,7 @@ class NVFP4Moment:
     def floored(self):
         """(numbers with the smallest code, all of them), int64 []; rows that are 0 do not count."""
         at_floor, counted = 0, 0
-        few = max(1, 2**21 // self.tensors["qdata"].shape[1])  # to count truths torch makes them int64
-        for rows in row_chunks(self.tensors["qdata"], few):
+        for rows in row_chunks(self.tensors["qdata"], 256):  # few: to count truths torch makes them int64
             codes, used = self.tensors["qdata"][rows], self.tensors["row_scale"][rows] > 0
             at_floor += ((codes & 15 <= self.least) & used).sum() + ((codes >> 4 <= self.least) & used).sum()
             counted += used.sum() * codes.shape[1] * 2

@@ -264,15 +264,16 @@ def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
         new_scale, x = _stochastic_scale(x, amax, global_scale, block_bits, scale_fits)
     scale = torch.where(scale_fits, old, new_scale)
     if finer:
+        used_up = torch.where(scale == old, 0, 14).to(torch.int32).unsqueeze(-1)  # lower bits of each draw
+        bits = bits and [half >> used_up for half in in_blocks(bits)]
         return {"scale": e4m3_byte(scale)} | _places(x, scale, encode_scale, bits)
     return dict(zip(("qdata", "scale"), encode(x, encode_scale, bits, scale)))
 
 
 def _places(x, scale, encode_scale, bits):
-    """The codes and the four more bits of `nvfp4x2`."""
+    """The codes and the four more bits of `nvfp4x2`; bits: halves [..., K/16, 8]."""
     inverse, nibbles = inverse_scale(scale, encode_scale), []
-    bits = (None, None) if bits is None else in_blocks(bits)
-    for half, drawn, middle in zip(in_blocks(x), bits, MIDDLES):
+    for half, drawn, middle in zip(in_blocks(x), bits or (None, None), MIDDLES):
         y = half * inverse
         place = ((rounded(y, drawn, SEVEN, MORE) >> 28 - MORE) + middle).clamp(max=LAST)
         sign = y.view(torch.int32) >> 28 & 8  # from place 31 to place 3
