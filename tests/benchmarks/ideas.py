@@ -46,6 +46,11 @@ IDEAS = {
     "bf16 nvfp4, new draws in each step": BF16 | {"new_draws": True},
     "nvfp4x2 nvfp4, new draws in each step": X2 | {"new_draws": True},
     "nvfp4 nvfp4, new draws in each step": SINGLE | {"new_draws": True},
+    "bf16 nvfp4, moments' draws new in each step": BF16 | {"moments_turn": None},
+    "bf16 nvfp4, moments' draws turn by .05": BF16 | {"moments_turn": 0.05},
+    "bf16 nvfp4, moments' draws turn by .1": BF16 | {"moments_turn": 0.1},
+    "nvfp4x2 nvfp4, moments' draws new in each step": X2 | {"moments_turn": None},
+    "nvfp4 nvfp4, moments' draws new in each step": SINGLE | {"moments_turn": None},
     # what rounding a weight leaves over goes into m (ECO, Nikdan et al. 2026)
     "nvfp4x2 nvfp4, errors into m": X2 | {"state": "wide", "errors": 1.0},
     "nvfp4 nvfp4, errors into m": SINGLE | {"state": "wide", "errors": 1.0},
@@ -164,6 +169,8 @@ def apply(how):
         fused.LIMIT = torch.tensor(how["limit"]).view(torch.int32).item()
     if how.get("new_draws"):
         optim.rounding_key = new_key
+    if "moments_turn" in how:
+        optim.rounding_key = partial(other_key, how["moments_turn"])
     if how.get("relative"):
         optim.adamw = fused.adamw = partial(relative, optim.adamw)
     if how.get("middles"):
@@ -177,6 +184,14 @@ def apply(how):
 def new_key(seed, step, name):
     """Draws that have nothing to do with those of the step before."""
     return chance.rounding_key(0, 0, f"{seed}/{step}/{name}")
+
+
+def other_key(turn, seed, step, name):
+    """Draws whose upper ten bits, the first ones of a moment's, turn by another part of the circle, or by a
+    random one in each step."""
+    start, turned = chance.rounding_key(seed, step, name)
+    upper = new_key(seed, step, name)[0] if turn is None else int(step * turn * 2**32)
+    return start, ((upper & 2**32 - 2**22 | turned & 2**22 - 1) + 2**31) % 2**32 - 2**31
 
 
 def relative(adamw, w, g, m, root, hyper, limited=optim.limited):
