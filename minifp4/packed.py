@@ -31,7 +31,7 @@ block keeps its scale while its largest number is between 2.9 and 6 times it. Wh
 6, the scale too is rounded stochastically: it seldom takes the next value, and then that number goes to 6
 times it; else the number is cut. On average it grows as it should, and most of the time the other fifteen
 stay as they are. In `nvfp4x2` a shift costs little, but a number between 5 and 6.875 times the scale is read
-as 6 times it, whatever it does. So the scale follows, and stays only below 5, as some programs choose it.
+as 6 times it, whatever it does. So when the largest moves there, the scale becomes the nearest one.
 """
 
 import torch
@@ -41,7 +41,7 @@ from .nvfp4 import (
     from_units, in_units, look_up, neighbour, pair, pair_table, quantize, row_chunks, weight_global_scale,
 )  # fmt: skip
 
-KEPT_FROM, KEPT_TO = 2.9, (E2M1_MAX, 5.0)  # times a scale: where a block's largest number keeps it; nvfp4, x2
+KEPT_FROM, KEPT_TO = 2.9, 5.0  # times its scale: where a block's largest number keeps it, also when it moves
 PLACES = 16  # of `nvfp4x2` for each code
 MIDDLES = 8, 7  # at which of them the code itself lies, in even and in odd columns
 LAST = 8 * PLACES - 1  # the last place of code 7, counted from the first of code 0
@@ -96,7 +96,9 @@ class Packed(torch.Tensor):
         x = x.unflatten(-1, (-1, BLOCK))  # [rows, in] -> [rows, in/16, 16]
         bits = None if bits is None else bits.view(x.shape)
         amax, unit = x.abs().amax(-1), old.float() * self.global_scale
-        scale_fits = (amax > KEPT_FROM * unit) & (amax <= KEPT_TO[self.more is not None] * unit)
+        on_place = (8 * amax / unit).round() * unit == 8 * amax  # of nvfp4x2: as it was stored
+        most = E2M1_MAX if self.more is None else torch.where(on_place, 7.0, KEPT_TO)
+        scale_fits = (amax > KEPT_FROM * unit) & (amax <= most * unit)
         if bits is None or self.more is not None:
             new_scale = block_scale(amax, encode_scale)
         else:
@@ -153,8 +155,7 @@ def from_tensors(tensors):
 
 
 def place_value(codes, more, middle):
-    """The number, fp32, at the place 16 * code + more - middle with the code's sign: three rulers, as in
-    `code`, read the other way round."""
+    """The number, fp32, at the place 16 * code + more - middle, with its sign: `code`'s rulers read back."""
     place = (codes % 8 * PLACES + more - middle).float()
     size = torch.maximum(torch.maximum(place / 32, place / 16 - 2), place / 8 - 8)
     return torch.where(codes < 8, size, -size)

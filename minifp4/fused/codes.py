@@ -257,7 +257,9 @@ def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
     old, encode_scale = e4m3(parts["scale"]), 1 / global_scale
     amax = block_amax(in_blocks(x))
     unit = old * global_scale
-    scale_fits = (amax > KEPT_FROM * unit) & (amax <= KEPT_TO[finer] * unit)
+    on_place = (8 * amax / unit).round() * unit == 8 * amax
+    most = torch.where(on_place, 7.0, KEPT_TO) if finer else E2M1_MAX
+    scale_fits = (amax > KEPT_FROM * unit) & (amax <= most * unit)
     if bits is None or finer:
         new_scale = block_scale(amax, encode_scale)
     else:

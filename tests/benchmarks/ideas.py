@@ -73,9 +73,9 @@ IDEAS = {
     "nvfp4 nvfp4, a random quarter of the blocks, 4 x": SINGLE | {"state": "plain", "quarter": True},
     # scales and ends, of single nvfp4
     "nvfp4x2 nvfp4, middles at the start": X2 | {"middles": True},
-    "nvfp4x2 nvfp4, block scales kept up to 6": X2 | {"keep": (2.9, (6.0, 6.0))},
-    "nvfp4 nvfp4, block scales kept from 4 on": SINGLE | {"keep": (4.0, (6.0, 5.0))},
-    "nvfp4 nvfp4, block scales kept from 5.5 on": SINGLE | {"keep": (5.5, (6.0, 5.0))},
+    "nvfp4x2 nvfp4, block scales kept up to 6": X2 | {"keep": (2.9, 6.0)},
+    "nvfp4 nvfp4, block scales kept from 4 on": SINGLE | {"keep": (4.0, 5.0)},
+    "nvfp4 nvfp4, block scales kept from 5.5 on": SINGLE | {"keep": (5.5, 5.0)},
     "nvfp4 nvfp4, ends x2, twice the lr": SINGLE | {"finer_ends": True, "lr": 2.0},
     "nvfp4 nvfp4, global scale x 8": SINGLE | {"global_scale": 8.0},
     "nvfp4 nvfp4, weight decay by the global scale": SINGLE | {"decay": 0.0, "outside": True},
