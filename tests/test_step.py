@@ -132,7 +132,7 @@ def test_a_step_too_large_to_be_recorded_runs_kernel_by_kernel(in_backward, monk
     step.close()
     there = torch.cuda.memory_allocated()
     gc.collect()
-    assert torch.cuda.memory_allocated() == there  # the attempts have left nothing
+    assert torch.cuda.memory_allocated() == there  # the attempt has left nothing
 
 
 def test_after_close_gradients_stay():

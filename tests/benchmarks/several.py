@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import place, recorded, seconds
-from train_step import config_of, our_model, their_parts
+from train_step import config_of, our_model, profile, their_parts
 
 import minifp4
 from minifp4 import parallel
@@ -135,7 +135,7 @@ def measure(chosen):
                 flush=True,
             )
         if chosen.profile and (batch, tokens) == chosen.batches[-1]:
-            profile(run, ids)
+            profile(run, ids, prints=parallel.rank() == 0)
         forget()  # the memory of this batch
     if whole:  # last, because it takes memory: as much as all gradients
         sent = 1e3 * statistics.median(seconds(recorded(lambda: exchange(model), device, "thread_local"),
@@ -149,17 +149,6 @@ def measure(chosen):
     if parallel.rank() == 0 and chosen.json:
         chosen.json.write_text(json.dumps(rows))
     parallel.close()
-
-
-def profile(run, ids):
-    """Print the kernels that take most of a step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        run(ids)
-        torch.cuda.synchronize()
-    if parallel.rank() == 0:
-        kernels = sorted(seen.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-        for kernel in kernels[:16]:
-            print(f"    {kernel.self_device_time_total / 1e3:9.2f} ms {kernel.count:6} {kernel.key[:90]}")
 
 
 def main():

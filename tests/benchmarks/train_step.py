@@ -178,13 +178,15 @@ def matmul_rate(device):
     return 2 * n**3 / statistics.median(seconds(lambda: a @ b, device, 10))
 
 
-def profile(run, ids, kept):
-    """Print the kernels that take most of one step."""
+def profile(run, *inputs, prints=True):
+    """Run one step and print the kernels that take most of it."""
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run(ids, kept)
+        run(*inputs)
         torch.cuda.synchronize()
+    if not prints:
+        return
     rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
     print(f"    all kernels: {sum(row.self_device_time_total for row in rows) / 1e3:.1f} ms")
     for row in rows[:24]:
