@@ -108,7 +108,7 @@ def test_the_largest_batch_is_recorded_first():
         ids = IDS[:, :tokens].cuda()
         step([(ids, ids)])
         pools.append(recorder.pool)
-    assert [shape[1] for shape in recorder.recorded] == [12, 8, 10]
+    assert [ids[1] for ids, _ in recorder.recorded] == [12, 8, 10]
     assert pools[0] is None and pools[1] != pools[3] and len(set(pools[3:])) == 1
 
 

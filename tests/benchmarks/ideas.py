@@ -4,7 +4,7 @@ An idea is a kind of run like those of `quality.py`, with a few more settings; h
 that store moments in another way are classes like those of `minifp4/storage.py`.
 """
 
-from functools import partial
+from functools import partial, partialmethod
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ IDEAS = {
     "bf16 nvfp4, m relative to sqrt(v)": BF16 | {"relative": True},
     "nvfp4x2 nvfp4, m relative to sqrt(v)": X2 | {"relative": True},
     "nvfp4 nvfp4, m relative to sqrt(v)": SINGLE | {"relative": True},
+    "bf16 nvfp4, moments of head, embedding, last layer int8": BF16 | {"ends_state": "int8"},
+    "nvfp4x2 nvfp4, moments of head, embedding, last layer int8": X2 | {"ends_state": "int8"},
     # draws
     "bf16 nvfp4, new draws in each step": BF16 | {"new_draws": True},
     "nvfp4x2 nvfp4, new draws in each step": X2 | {"new_draws": True},
@@ -167,6 +169,8 @@ def apply(how):
     if "limit" in how:
         optim.MAX_UPDATE = how["limit"]
         fused.LIMIT = torch.tensor(how["limit"]).view(torch.int32).item()
+    if "ends_state" in how:
+        optim.AdamW._parts = partialmethod(parts_of, optim.AdamW._parts, how["ends_state"])
     if how.get("new_draws"):
         optim.rounding_key = new_key
     if "moments_turn" in how:
@@ -179,6 +183,17 @@ def apply(how):
         optim.update = partial(errors_into_m, how["errors"])
     if how.get("quarter"):
         optim.adamw = partial(quarter, optim.adamw)
+
+
+def parts_of(optimizer, plain, state, name, p):
+    """`AdamW._parts` with other moments for head, embedding and last layer."""
+    layers = {int(other.split(".")[2]) for other in optimizer.parameters if ".layers." in other}
+    ends = ("lm_head.", "model.embed_tokens.", f"model.layers.{max(layers)}.")
+    kept, optimizer.state = optimizer.state, state if name.startswith(ends) else optimizer.state
+    try:
+        return plain(optimizer, name, p)
+    finally:
+        optimizer.state = kept
 
 
 def new_key(seed, step, name):

@@ -49,7 +49,9 @@ QUICK = dict(hidden=64, layers=2, vocabulary=1024, tokens=64, batch=16, steps=80
 MIDDLE = dict(hidden=128, layers=3, vocabulary=1024, tokens=128, batch=16, steps=400, tune=100, talk=30,
               lr=2e-3, seeds=4, held=30_000)  # fmt: skip
 RUN_GIB = 5.0  # of GPU memory that one run in FULL takes, with what the process itself does
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, two-sided, for 1, 2, ... degrees
+# Student's t, two-sided, for 1, 2, ... degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
+       2.131)  # fmt: skip
 REFERENCE = "fp32 fp32"
 # name: master, state, and what else differs from the usual settings
 GRID = {
@@ -330,7 +332,7 @@ def arguments():
     parser.add_argument("--middle", action="store_true", help="a larger one for a CPU")
     parser.add_argument("--jobs", type=int, help="kinds that run at the same time; default: what fits")
     parser.add_argument("--steps", type=int, help="of a run from scratch")
-    parser.add_argument("--seeds", type=int, help="runs of each kind, at most 8")
+    parser.add_argument("--seeds", type=int, help=f"runs of each kind, at most {len(T95) + 1}")
     parser.add_argument("--json", type=Path, help="where the results go; default: results/quality-PART.json")
     parser.add_argument("--plot", type=Path, help="draw the figure from this JSON, run nothing")
     parser.add_argument("--only", help="the kinds of this name, of several divided by |, and the reference")
