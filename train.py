@@ -26,7 +26,7 @@ import torch
 
 import minifp4
 from minifp4 import data as reading
-from minifp4 import heldout, masters, needs, parallel, rows, vocabulary
+from minifp4 import fp8, heldout, masters, needs, parallel, rows, vocabulary
 from minifp4.cli import (
     AUTO, MANY, check, choose_device, compiler_failures_named, compiles, given, groups, run, spellings,
     stopping,
@@ -85,6 +85,7 @@ class Settings:
     master_dtype: str = kept("nvfp4x2", "in which the weights are stored", choices=MASTERS)
     finer_ends: bool = kept(False, "with nvfp4 masters: head, embedding and last layer as nvfp4x2")
     optimizer_state: str = kept("nvfp4", "in which AdamW's moments are stored", choices=tuple(KINDS))
+    product: str = kept("full", "products in training: in --compute-dtype, or fp8", choices=("full", "fp8"))
     compute_dtype: str = kept(None, "default: bf16 on GPUs that have it", choices=tuple(FLOATS))
     rounding: str = kept("stochastic", "nearest does not learn", choices=("stochastic", "nearest"))
     quantize: bool = kept(True, "read the weights through NVFP4; else as they are stored")
@@ -399,6 +400,8 @@ def check_together(settings, device):
         )
     if settings.compile and device.type == "cuda" and not compiles(device):
         raise ValueError("--compile: on a GPU torch.compile needs the package triton, which is not installed")
+    if settings.product == "fp8" and (reason := fp8.why_not(device)):
+        raise ValueError(f"--product fp8: {reason}")
     if settings.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: the device is {device}, and only CUDA has graphs")
 
@@ -509,6 +512,8 @@ def make_optimizer(model, settings):
 def make_step(model, optimizer, settings, memory):
     """The `Step` of this run, fused and recorded if that is asked for."""
     clip = settings.grad_clip
+    if settings.product == "fp8":
+        fp8.use(model)
     if settings.compile:
         from minifp4.fused import fuse
 
@@ -617,6 +622,9 @@ def describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
         f"{moments / trained:.2f} moments ({settings.optimizer_state}) = "
         f"{(masters + moments) / trained:.2f}; read as {read}"
     )
+    if settings.product == "fp8":
+        slow = "" if device.type == "cuda" else ", here only emulated: the same numbers, slower"
+        print(f"note    products of training are in FP8{slow}")
     if data.first:
         print(f"format  {tokenizer.template}")
     kind = ("conversation" if data.first else "text") + "s" * (data.records > 1)

@@ -229,17 +229,18 @@ def run(main, kind, text):
     try:
         main(parse(kind, sys.argv[1:], text))
         parallel.close()
-    except SystemExit:
+        parallel.leave()
+    except SystemExit as end:
+        parallel.leave(end.code or 0)
         raise
     except BaseException as error:
-        known, alone = explained(error), parallel.launched() == 1
-        if alone and not known:
+        known = explained(error)
+        if parallel.launched() == 1 and not known:
             raise
         line, status = known or (traceback.format_exc(), 1)
         if not known or parallel.first_to_fail():
             print(line, file=sys.stderr, flush=True)
-        if not alone:
-            os._exit(status)  # at an ordinary end it may wait for the others
+        parallel.leave(status)
         sys.exit(status)
     finally:
         sys.stdout.flush()  # here a reader who has gone is still no matter

@@ -10,9 +10,27 @@ import torch
 import torch.nn.functional as F
 
 from .linear import word_slices
-from .model import KVCache
 
 DECODED_LIMIT = 2**31  # bytes of dense weights that `decoded` is willing to keep
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for one model: [layers][B, kv heads, capacity, head_dim]."""
+
+    def __init__(self, config, batch, capacity, device, dtype):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store the new tokens' k, v [B, kv heads, T, head_dim]; give those of all tokens, these included."""
+        stop = self.length + k.shape[2]
+        if stop > self.keys.shape[3]:
+            raise ValueError(f"the KV cache holds {self.keys.shape[3]} tokens, {stop} are needed")
+        self.keys[layer, :, :, self.length : stop] = k
+        self.values[layer, :, :, self.length : stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
 
 @contextlib.contextmanager

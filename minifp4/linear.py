@@ -9,6 +9,8 @@ identity, the straight-through estimator (STE, Bengio et al. 2013):
 
     dx = dy @ w4           d weight = dy.T @ x
 
+How numbers are multiplied is one class, `Products`: to try a format, write another.
+
 w4 is not kept between the two passes: it is as large as a bf16 weight, and computing it again costs a few
 microseconds a megabyte. Only the weight itself is saved, and that exists anyway.
 
@@ -19,7 +21,6 @@ Biases do not occur in Qwen3's projections and are left out.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .nvfp4 import dequantize, fake_quantize, quantize, row_slices, weight_global_scale
@@ -76,6 +77,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.quantized, self.group, self.decoded, self.on_gradient = quantized, group or Group(), None, None
+        self.products = Products()
         self.group.layers.append(self)
 
     def value(self, dtype, rows=slice(None)):
@@ -89,7 +91,11 @@ class Linear(nn.Module):
         return quantize(self.weight.detach(), global_scale=self.group.measure())
 
     def forward(self, x):
-        return _Product.apply(x, self.weight, self)
+        return _Product.apply(x, self.weight, self, self.now())
+
+    def now(self):
+        """The `Products` to use: only training may have others."""
+        return self.products if torch.is_grad_enabled() else Products()
 
 
 class Embedding(nn.Module):
@@ -126,20 +132,44 @@ def value_of(layer, dtype, rows):
     return fake_quantize(weight.detach()[rows], layer.group.global_scale(), dtype)
 
 
+class Products:
+    """How training multiplies: here in the activations' precision (`fp8.py` has another way).
+
+    Every product is multiply(rows(a), rows(b)), a @ b.T of matrices [N, K]; where columns meet, `columns`
+    transposes. An operand is a tuple of tensors.
+    """
+
+    def rows(self, x):
+        return (x,)
+
+    def columns(self, x):
+        return (x.T,)
+
+    def both(self, x, columns=True):
+        """(rows, columns); without `columns` the latter need only have their shape."""
+        return self.rows(x), self.columns(x)
+
+    def multiply(self, a, b, dtype):
+        return a[0] @ b[0].T
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, layer):
+    def forward(ctx, x, weight, layer, how):
         ctx.save_for_backward(x, weight)
-        ctx.layer = layer
-        return F.linear(x, layer.value(x.dtype))
+        ctx.layer, ctx.how = layer, how
+        y = how.multiply(how.rows(x.flatten(0, -2)), how.rows(layer.value(x.dtype)), x.dtype)
+        return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy):
-        x, _ = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        dx = dy @ ctx.layer.value(dy.dtype) if wants_x else None
-        dweight = dy.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None
-        return dx, dweight, None
+        (x, _), how, flat, dx, dweight = ctx.saved_tensors, ctx.how, dy.flatten(0, -2), None, None
+        if ctx.needs_input_grad[0]:
+            w4 = ctx.layer.value(dy.dtype)
+            dx = how.multiply(how.rows(flat), how.columns(w4), dy.dtype).view_as(x)
+        if ctx.needs_input_grad[1]:
+            dweight = how.multiply(how.columns(flat), how.columns(x.flatten(0, -2)), dy.dtype)
+        return dx, dweight, None, None
 
 
 class _LookUp(torch.autograd.Function):

@@ -37,8 +37,8 @@ as 6 times it, whatever it does. So when the largest moves there, the scale beco
 import torch
 
 from .nvfp4 import (
-    BLOCK, DRAWS, E2M1_MAX, E4M3_MAX, NVFP4, block_scale, code, decode, dequantize, e2m1_code, encode,
-    from_units, in_units, look_up, neighbour, pair, pair_table, quantize, row_chunks, weight_global_scale,
+    BLOCK, DRAWS, E2M1_MAX, E4M3_MAX, NVFP4, block_scale, code, decode, dequantize, e2m1_code, from_units,
+    in_units, look_up, neighbour, pair, pair_table, quantize, row_chunks,
 )  # fmt: skip
 
 KEPT_FROM, KEPT_TO = 2.9, 5.0  # times its scale: where a block's largest number keeps it, also when it moves
@@ -207,35 +207,6 @@ def pack(weight, global_scale, finer):
         new.more[rows] = torch.where(wrong & 7 << 4 > 0, more & 15, more)
         new.qdata[rows] = codes
     return new
-
-
-def pack_exactly(weight):
-    """A dense matrix whose numbers all lie on an NVFP4 grid as `Packed`, unchanged; any other as it is.
-
-    An export keeps the head, or everything, in bf16: values of codes. Quantizing such a block anew finds
-    its scale if its largest number is 6 times it; if the scale was kept, it may also be 4 or 3.
-    """
-    global_scale, parts = weight_global_scale(weight), []
-    for rows in row_chunks(weight):  # the first rows tell most other matrices apart
-        codes, scale, right = _codes_of_values(weight[rows].float(), global_scale)
-        if not right:
-            return weight
-        parts.append((codes, scale))
-    qdata, scale = (torch.cat(some) for some in zip(*parts))
-    return Packed(NVFP4(qdata, scale, global_scale))
-
-
-def _codes_of_values(x, global_scale):
-    """(codes, scales, whether they are `x` exactly)"""
-    blocks, encode_scale = x.unflatten(-1, (-1, BLOCK)), 1 / global_scale
-    amax, scale, right = blocks.abs().amax(-1), None, None
-    for top in (E2M1_MAX, 4.0, 3.0):
-        tried = block_scale(amax * (E2M1_MAX / top), encode_scale)
-        scale = tried if scale is None else torch.where(right, scale, tried)
-        codes, _ = encode(x, encode_scale, scale=scale)
-        values = decode(codes, scale, global_scale)
-        right = (values.unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
-    return codes, scale, bool(right.all())
 
 
 def refit(weights):

@@ -92,6 +92,7 @@ def main():
         found[f"spoiled, {how}"] = trained((*CASES[0][:3], how), parts, device, STEPS - (not spoil), spoil)
     torch.save(found, chosen.folder / f"{parallel.ranks()}-{parallel.rank()}-{parts}.pt")
     parallel.close()
+    parallel.leave()
 
 
 if __name__ == "__main__":

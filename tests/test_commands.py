@@ -351,11 +351,12 @@ def test_the_readme_names_the_kinds_and_flags_that_there_are():
     """Its table of precisions is the code's, and every flag in it belongs to one of the programs."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.split("## Precisions, and why")[1].split("##")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "`--" in line]
+    lines = [line for line in table.splitlines() if line.startswith("|") and "`--" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     kinds = {flag.strip("`"): tuple(kinds.split(", ")) for _, flag, kinds, *_ in rows}
     assert kinds.pop("--quantize") == ("NVFP4", "or as stored")
     fields = {cli.spellings(field.name)[0]: field for field in dataclasses.fields(train_program.Settings)}
-    assert kinds == {flag: tuple(fields[flag].metadata["choices"]) for flag in kinds} and len(kinds) == 3
+    assert kinds == {flag: tuple(fields[flag].metadata["choices"]) for flag in kinds} and len(kinds) == 4
     for flag, default in ((flag.strip("`"), default) for _, flag, _, default, _ in rows):
         assert fields[flag].default in (default, None, True)
     programs = train_program, export_program, minifp4.__main__

@@ -14,7 +14,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import minifp4
-from minifp4 import AdamW, linear, masters, nvfp4, packed, storage
+from minifp4 import AdamW, fp8, linear, masters, nvfp4, packed, storage
 from minifp4.files.atomic import bits
 from minifp4.fused import codes, fuse, layers, update
 from minifp4.step import Step
@@ -215,13 +215,15 @@ def test_refit_gives_the_same_bits():
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(plain.nvfp4(), fused.nvfp4()))
 
 
-def fused_twins(kind, monkeypatch, checkpointing=False, quantize=True):
+def fused_twins(kind, monkeypatch, checkpointing=False, quantize=True, in_fp8=False):
     """Two equal models of which one has the wing's functions, uncompiled, and their optimizers."""
     monkeypatch.setattr(update, "compiled", lambda function, *how: function)
     twins = []
     for _ in range(2):
         model = small_model(quantize)
         masters.set_masters(model, kind)
+        if in_fp8:
+            fp8.use(model)
         model.model.activation_checkpointing = checkpointing
         twins.append((model, AdamW(model.named_parameters(), lr=1e-2, state="nvfp4")))
     fuse(*twins[1], kernels=layers.EAGER)
@@ -231,10 +233,11 @@ def fused_twins(kind, monkeypatch, checkpointing=False, quantize=True):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("quantize", [True, False], ids=["", "no-quantize"])
 @pytest.mark.parametrize("kind", ["fp32", "nvfp4x2"])
-def test_a_fused_model_trains_the_same_bits(kind, quantize, checkpointing, monkeypatch):
+@pytest.mark.parametrize("product", ["full", "fp8"])
+def test_a_fused_model_trains_the_same_bits(product, kind, quantize, checkpointing, monkeypatch):
     """Three whole steps in fp32: blocks, norms, rotary positions, SwiGLU, the loss, the update, refit."""
     stored, losses = [], []
-    for model, optimizer in fused_twins(kind, monkeypatch, checkpointing, quantize):
+    for model, optimizer in fused_twins(kind, monkeypatch, checkpointing, quantize, product == "fp8"):
         step = Step(model, optimizer, in_backward=True)
         losses.append([step([(IDS + number, IDS + number)])[0].item() for number in range(3)])
         stores = [store for part in optimizer.all_parts() for store in part.stores]
@@ -246,8 +249,8 @@ def test_a_fused_model_trains_the_same_bits(kind, quantize, checkpointing, monke
 def test_a_recomputed_layer_leaves_out_its_last_product(kept, monkeypatch):
     """Which nobody reads; and decodes its weights no more often than one that keeps its activations."""
     _, (model, optimizer) = fused_twins("fp32", monkeypatch)
-    calls, found, product, read = [], [], F.linear, layers.value
-    monkeypatch.setattr(layers.F, "linear", lambda *args: calls.append("product") or product(*args))
+    calls, found, product, read = [], [], linear.Products.multiply, layers.value
+    monkeypatch.setattr(linear.Products, "multiply", lambda *args: calls.append("product") or product(*args))
     for layer in model.linears():
         layer.value = lambda *args, layer=layer: calls.append("read") or read(layer, layers.EAGER, *args)
     model.model.keep_activations = kept

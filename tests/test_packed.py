@@ -318,8 +318,8 @@ def test_a_matrix_of_decoded_values_is_recognized():
     """Whatever multiple of its scale a block's largest number is; anything else stays dense."""
     weight = some_weight(False)
     weight.store(weight.stored() * torch.linspace(0.5, 1, 64).unsqueeze(1))
-    again = packed.pack_exactly(weight.decode().bfloat16())
+    again = layouts.pack_exactly(weight.decode().bfloat16())
     assert isinstance(again, packed.Packed) and torch.equal(again.decode(), weight.decode())
     other = weight.decode()
     other[63, 127] += 1e-4
-    assert not isinstance(packed.pack_exactly(other), packed.Packed)
+    assert not isinstance(layouts.pack_exactly(other), packed.Packed)

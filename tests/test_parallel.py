@@ -133,6 +133,18 @@ def test_a_run_goes_on_with_any_number(start):
     assert names(folder / "one") == names(folder / "many")
 
 
+def test_an_abort_while_python_ends_is_no_failure(start, monkeypatch):
+    """gloo's threads now and then abort a process that has done all its work; here each does at its end."""
+    folder, words = start
+    (folder / "sitecustomize.py").write_text(
+        "import atexit, os\nif 'RANK' in os.environ:\n    atexit.register(os.abort)\n"
+    )
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(folder))
+    status, said, errors = run(2, *words, "--batch-size", "4", "--out", folder / "whole")
+    assert status == 0, errors
+    assert said.rstrip().splitlines()[-1].startswith("next ")
+
+
 def names(directory):
     return {entry.name for entry in directory.iterdir()}
 

@@ -21,7 +21,7 @@ from ..chat import SPECIAL_TOKENS, Tokenizer
 from ..masters import default_compute_dtype, read_ends, set_weight
 from ..model import Config, Qwen3
 from ..nvfp4 import BLOCK, E2M1_MAX, row_chunks
-from ..packed import PLACES, Packed, pack_exactly
+from ..packed import PLACES, Packed
 from ..progress import watched
 from ..storage import FLOATS
 from ..template import Template
@@ -209,7 +209,7 @@ def read_weights(model, files, device):
         if value.dim() == 1:
             value = value.float()
         elif parts is None and not ours and _reads_nvfp4(module_of(model, name)):
-            value = pack_exactly(value)
+            value = layouts.pack_exactly(value)
         set_weight(model, name, value)
         if isinstance(value, Packed) and (divisor := read_divisor(file, parts)):
             model.divisors[name] = divisor

@@ -21,7 +21,10 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from ..nvfp4 import BLOCK, NVFP4, dequantize, quantize
+from ..nvfp4 import (
+    BLOCK, E2M1_MAX, NVFP4, block_scale, decode, dequantize, encode, quantize, row_chunks,
+    weight_global_scale,
+)  # fmt: skip
 from ..packed import Packed, stored_values
 
 # Scales for quantized activations, the cache of keys and values among them: W4A16 has none, so nobody reads
@@ -320,3 +323,32 @@ def _kind(name):
         if kind in name:
             return kind
     return "norms" if "norm." in name else "projections"
+
+
+def pack_exactly(weight):
+    """A dense matrix whose numbers all lie on an NVFP4 grid as `Packed`, unchanged; any other as it is.
+
+    An export keeps the head, or everything, in bf16: values of codes. Quantizing such a block anew finds
+    its scale if its largest number is 6 times it; if the scale was kept, it may also be 4 or 3.
+    """
+    global_scale, parts = weight_global_scale(weight), []
+    for rows in row_chunks(weight):  # the first rows tell most other matrices apart
+        codes, scale, right = _codes_of_values(weight[rows].float(), global_scale)
+        if not right:
+            return weight
+        parts.append((codes, scale))
+    qdata, scale = (torch.cat(some) for some in zip(*parts))
+    return Packed(NVFP4(qdata, scale, global_scale))
+
+
+def _codes_of_values(x, global_scale):
+    """(codes, scales, whether they are `x` exactly)"""
+    blocks, encode_scale = x.unflatten(-1, (-1, BLOCK)), 1 / global_scale
+    amax, scale, right = blocks.abs().amax(-1), None, None
+    for top in (E2M1_MAX, 4.0, 3.0):
+        tried = block_scale(amax * (E2M1_MAX / top), encode_scale)
+        scale = tried if scale is None else torch.where(right, scale, tried)
+        codes, _ = encode(x, encode_scale, scale=scale)
+        values = decode(codes, scale, global_scale)
+        right = (values.unflatten(-1, (-1, BLOCK)) == blocks).all(-1)
+    return codes, scale, bool(right.all())

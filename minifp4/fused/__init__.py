@@ -16,6 +16,7 @@ What is equal to what, and the test that holds it (all of them run on a CPU, eag
                                       the other way                        tests/test_fused.py
     norms, rotary positions, SwiGLU   all bits in fp32; in bf16 sums are rounded once instead of each
                                       (compiled: added up in another order)     tests/test_norms.py
+    what FP8 products read            all bits                             tests/test_fp8.py
     loss, products                    all bits eagerly; compiled, a logsumexp is added up in another order
     a recorded step                   all bits of the same kernels unrecorded   tests/test_step.py
 """

@@ -4,6 +4,7 @@ Modules and parameters stay what they are. Some methods of some objects are repl
 
     Linear.value           decoding, as one kernel
     Linear.forward         `Product`, which also multiplies with SwiGLU's gate
+    Linear.products        rounding to FP8, as kernels
     Block.forward          the norms with the sums around them, rotary positions with their norm (`norms.py`)
     Block.recomputed       the same, which decodes each weight once and leaves out the last product
     Group.refit            the largest block scale of a group
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .. import fp8
 from ..linear import Linear, value_of
 from ..loss import Elementwise, become_gradient, cross_entropy, log_sum
 from ..packed import Packed
@@ -49,6 +51,7 @@ class Kernels(NamedTuple):
     gated_backward: Callable  # `_gated_backward`
     norms: norms.Kernels
     elementwise: Elementwise  # of the loss
+    fp8: fp8.Kernels
 
 
 def fuse_model(model, kernels):
@@ -56,6 +59,8 @@ def fuse_model(model, kernels):
     for layer in model.linears():
         layer.value = partial(value, layer, kernels)
         layer.forward = Product(layer, kernels)
+        if isinstance(layer.products, fp8.FP8):
+            layer.products = fp8.FP8(kernels.fp8)
     for group in dict.fromkeys(layer.group for layer in [*model.linears(), model.model.embed_tokens]):
         group.refit = partial(refit, group, kernels, group.refit)
     for block in model.model.layers:
@@ -91,12 +96,17 @@ def block_forward(block, kernels, x, cos, sin, cache=None, spans=None):
     """`Block.forward`."""
     attention, mlp = block.self_attn, block.mlp
     x, for_q, for_k, for_v = add_norm(block.input_layernorm, kernels, x, readers=3)
-    q, k = attention.heads(attention.q_proj(for_q)), attention.heads(attention.k_proj(for_k))
+    seen = []  # what the three make of the same numbers
+    q, k, v = (
+        attention.heads(layer(read, seen=seen))
+        for layer, read in ((attention.q_proj, for_q), (attention.k_proj, for_k), (attention.v_proj, for_v))
+    )
     q = rotated_norm(attention.q_norm, kernels, q, cos, sin)
     k = rotated_norm(attention.k_norm, kernels, k, cos, sin)
-    branch = attention.attend(q, k, attention.heads(attention.v_proj(for_v)), cache, spans)
+    branch, seen = attention.attend(q, k, v, cache, spans), []
     x, for_gate, for_up = add_norm(block.post_attention_layernorm, kernels, x, branch, readers=2)
-    return x + mlp.down_proj(mlp.up_proj(for_up), gate=mlp.gate_proj(for_gate))
+    gate, up = mlp.gate_proj(for_gate, seen=seen), mlp.up_proj(for_up, seen=seen)
+    return x + mlp.down_proj(up, gate=gate)
 
 
 def norm_forward(module, kernels, x):
@@ -132,7 +142,7 @@ class Recomputed:
 
     def _set(self, running):
         for product in self.products:
-            product.recomputed = running
+            product.recomputed, product.first = running, running and not self.again
         self.last.unread = running and self.again
 
 
@@ -140,36 +150,60 @@ class Product:
     """`Linear.forward`; with a gate (SwiGLU) `(silu(gate) * x) @ weight.T`.
 
     recomputed: the forward pass is one of a checkpointed block, which keeps what it saves only when it runs
-    again. So it saves the decoded weight too.
+    again, not the `first` time. So it saves the decoded weight too.
     unread: nobody reads the product now, only its derivatives are wanted.
     """
 
     def __init__(self, layer, kernels):
-        self.layer, self.kernels, self.recomputed, self.unread = layer, kernels, False, False
+        self.layer, self.kernels = layer, kernels
+        self.recomputed = self.first = self.unread = False
 
-    def __call__(self, x, gate=None):
-        return _GatedProduct.apply(x, gate, self.layer.weight, self)
+    def __call__(self, x, gate=None, seen=None):
+        """seen: a list that is given to all who read the same x, for what they make of it."""
+        seen = [] if seen is None else seen
+        return _GatedProduct.apply(x, gate, self.layer.weight, self, self.layer.now(), seen)
+
+    def operands(self, x, gate, products, seen):
+        """(x's rows, the weight's rows, the columns of both), each None if nobody will read it."""
+        w4, kept = self.layer.value(x.dtype), not self.first
+        if self.unread:
+            return None, None, None, products.columns(w4)
+        if gate is None:
+            if not seen:
+                seen.append(products.both(x.flatten(0, -2), columns=kept))
+            of_x, x_columns = seen[0]
+        else:
+            of_x, x_columns = products.rows(self.kernels.gated(gate, x).flatten(0, -2)), None
+        if self.recomputed:
+            return of_x, x_columns, *products.both(w4, columns=kept)
+        return of_x, x_columns, products.rows(w4), None
 
 
 class _GatedProduct(torch.autograd.Function):
     """With a gate, silu(gate) * x is not kept for the backward pass, which makes it again."""
 
     @staticmethod
-    def forward(ctx, x, gate, weight, product):
-        ctx.layer, ctx.kernels = product.layer, product.kernels
-        w4 = ctx.layer.value(x.dtype)
-        ctx.save_for_backward(x, gate, weight, w4 if product.recomputed else None)
+    def forward(ctx, x, gate, weight, product, products, seen):
+        ctx.layer, ctx.kernels, ctx.products, ctx.shape = product.layer, product.kernels, products, x.shape
+        of_x, x_columns, of_w, w_columns = product.operands(x, gate, products, seen)
+        ctx.save_for_backward(
+            x if gate is not None else None, gate, weight, *x_columns or (), *w_columns or ()
+        )
+        ctx.from_x = len(x_columns or ())
         if product.unread:
             return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
-        return F.linear(x if gate is None else ctx.kernels.gated(gate, x), w4)
+        return products.multiply(of_x, of_w, x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy):
-        x, gate, _, w4 = ctx.saved_tensors
+        x, gate, _, *saved = ctx.saved_tensors
+        x_columns, w_columns, products = saved[: ctx.from_x], saved[ctx.from_x :], ctx.products
         wants_x, wants_gate, wants_weight = ctx.needs_input_grad[:3]
         dx = dgate = dweight = None
+        dy_rows, dy_columns = products.both(dy.flatten(0, -2))
         if wants_x or wants_gate:
-            dx = dy @ (ctx.layer.value(dy.dtype) if w4 is None else w4)
+            w_columns = w_columns or products.columns(ctx.layer.value(dy.dtype))
+            dx = products.multiply(dy_rows, w_columns, dy.dtype).view(ctx.shape)
         if gate is not None:
             if dx is None:
                 x = ctx.kernels.gated(gate, x)
@@ -177,8 +211,9 @@ class _GatedProduct(torch.autograd.Function):
                 ctx.kernels.gated_backward(dx, x, gate)
                 x, dx, dgate = dx, x, gate  # what they have become
         if wants_weight:
-            dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
-        return dx, dgate, dweight, None
+            x_columns = x_columns or products.columns(x.flatten(0, -2))
+            dweight = products.multiply(dy_columns, x_columns, dy.dtype)
+        return dx, dgate, dweight, None, None, None
 
 
 def _gated(gate, x):
@@ -216,7 +251,13 @@ def compiled_kernels():
     return Kernels(
         decode, fake_quantize, compiled(codes.refit), torch.compile(_gated), torch.compile(_gated_backward),
         norms.compiled_kernels(), Elementwise(torch.compile(log_sum), torch.compile(become_gradient)),
+        fp8.Kernels(*(partial(_any_length, compiled(kernel)) for kernel in fp8.Kernels())),
     )  # fmt: skip
+
+
+def _any_length(kernel, x, *scale):
+    """A kernel of `fp8.Kernels` for any number of rows."""
+    return kernel(*any_length(x), *scale)
 
 
 def _decode(tensors, global_scale, stored, dtype, decode_blocks=None):
@@ -247,4 +288,6 @@ def _fake_blocks(weight, global_scale, stored, dtype):
     return paired(*(half.to(dtype) for half in codes.decode(qdata, scale, global_scale)))
 
 
-EAGER = Kernels(_decode, _fake_quantize, codes.refit, _gated, _gated_backward, norms.EAGER, Elementwise())
+EAGER = Kernels(
+    _decode, _fake_quantize, codes.refit, _gated, _gated_backward, norms.EAGER, Elementwise(), fp8.Kernels()
+)  # fmt: skip

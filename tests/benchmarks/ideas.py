@@ -7,9 +7,8 @@ that store moments in another way are classes like those of `minifp4/storage.py`
 from functools import partial, partialmethod
 
 import torch
-import torch.nn.functional as F
 
-from minifp4 import chance, masters, nvfp4, optim, packed, storage
+from minifp4 import chance, fp8, masters, nvfp4, optim, packed, storage
 from minifp4.fused import codes
 from minifp4.fused import update as fused
 from minifp4.nvfp4 import BLOCK, E2M1_MAX, e2m1_code, in_units, pair
@@ -27,10 +26,10 @@ IDEAS = {
     # the forward pass
     "fp32 fp32, four over six": FP32 | {"four_over_six": True},
     # products
-    "nvfp4x2 nvfp4, products in E4M3": X2 | {"e4m3": "all"},
-    "nvfp4x2 nvfp4, products of gradients in E4M3": X2 | {"e4m3": "gradients"},
+    "nvfp4x2 nvfp4, products in FP8": X2 | {"fp8": True},
     # moments
     "bf16 int8": BF16 | {"state": "int8"},
+    "nvfp4x2 int8": X2 | {"state": "int8"},
     "bf16 nvfp4, m in int8": BF16 | {"state": "int8 m"},
     "bf16 nvfp4, sqrt(v) in int8": BF16 | {"state": "int8 root"},
     "bf16 nvfp4, 8 levels to nearest": BF16 | {"state": "eight levels"},
@@ -76,6 +75,7 @@ IDEAS = {
     # scales and ends, of single nvfp4
     "nvfp4x2 nvfp4, middles at the start": X2 | {"middles": True},
     "nvfp4x2 nvfp4, block scales kept up to 6": X2 | {"keep": (2.9, 6.0)},
+    "nvfp4x2 nvfp4, block scales kept from 5.4 to 6.6": X2 | {"keep": (5.4, 6.6)},
     "nvfp4 nvfp4, block scales kept from 4 on": SINGLE | {"keep": (4.0, 5.0)},
     "nvfp4 nvfp4, block scales kept from 5.5 on": SINGLE | {"keep": (5.5, 5.0)},
     "nvfp4 nvfp4, ends x2, twice the lr": SINGLE | {"finer_ends": True, "lr": 2.0},
@@ -255,6 +255,8 @@ def quarter(adamw, w, g, m, root, hyper, limited=optim.limited):
 
 def change_weights(model, how):
     """What is to be changed in a new model."""
+    if how.get("fp8"):
+        fp8.use(model)
     if kind := how.get("ends"):
         masters.choose_trained(model, lm_head=True, embed=True, last_layers=1)
         masters.set_masters(model, kind)
@@ -269,36 +271,6 @@ def change(model, how):
     """What is to be changed in the model that trains."""
     for layer in model.linears() if how.get("four_over_six") else ():
         layer.value = partial(four_over_six, layer)
-    for layer in model.linears()[:-1] if "e4m3" in how else ():  # not the head
-        layer.forward = partial(e4m3_product, layer, how["e4m3"] == "all")
-
-
-def e4m3_product(layer, forward, x, gate=None):
-    """`Linear.forward` with FP8 products; forward: that of the forward pass too."""
-    return E4M3Product.apply(x if gate is None else F.silu(gate) * x, layer.weight, layer, forward)
-
-
-class E4M3Product(torch.autograd.Function):
-    """What tensor cores make of operands in E4M3, each with one power of two as its scale: products of such
-    numbers are exact, and so are the numbers in bf16."""
-
-    @staticmethod
-    def forward(ctx, x, weight, layer, forward):
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer
-        w = layer.value(x.dtype)
-        return F.linear(e4m3(x), e4m3(w)) if forward else F.linear(x, w)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, dy = (e4m3(each) for each in (ctx.saved_tensors[0], ctx.layer.value(dy.dtype), dy))
-        return dy @ w, dy.flatten(0, -2).T @ x.flatten(0, -2), None, None
-
-
-def e4m3(x):
-    """`x` rounded to E4M3, in its own type."""
-    scale = torch.exp2(torch.floor(torch.log2(448 / x.abs().amax().float().clamp(min=1e-30))))
-    return ((x.float() * scale).to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
 
 
 def four_over_six(layer, dtype, rows=slice(None)):

@@ -150,6 +150,7 @@ def measure(chosen):
     if parallel.rank() == 0 and chosen.json:
         chosen.json.write_text(json.dumps(rows))
     parallel.close()
+    parallel.leave()
 
 
 def main():

@@ -10,7 +10,7 @@ included. share: the operations of the matrix products (recomputation counted, a
 as a part of a large bf16 product measured in the same run. MFU: without recomputation, as a part of what the
 data sheet says. Baselines are Hugging Face transformers in bf16 with torch's fused AdamW and torchao's, with
 gradient checkpointing. minifp4 recomputes no layer at 1x96, all but a few at 1x2048 and all at 8x2048; its
-first kind also none there.
+first two kinds also none there. FP8: of the products (`train.py --product fp8`); shares are of bf16's rates.
 """
 
 import argparse
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import place, seconds
 
 import minifp4
-from minifp4 import masters, packed
+from minifp4 import fp8, masters, packed
 from minifp4.fused import fuse, record
 from minifp4.memory import one_growing_segment
 from minifp4.model import Config, Qwen3
@@ -48,11 +48,11 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head_dim, vocabular
     "14B": (5120, 17408, 40, 40, 8, 128, 151936),
     "32B": (5120, 25600, 64, 64, 8, 128, 151936),
 }
-OURS = {"minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4"), "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4"),
-        "minifp4 bf16 + int8": ("bf16", "int8")}  # fmt: skip
+OURS = {"minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4"), "minifp4 nvfp4 + nvfp4, FP8": ("nvfp4", "nvfp4"),
+        "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4"), "minifp4 bf16 + int8": ("bf16", "int8")}  # fmt: skip
 THEIRS = ("HF + fused AdamW", "HF + torchao AdamW8bit", "HF + torchao AdamW4bit")
 ALL, KEPT = 1000, 7  # layers of minifp4 that keep their activations, at 1x96 and, in 9.5 GiB, at 1x2048
-ORDER = (*list(OURS)[:1], *THEIRS, *list(OURS)[1:])
+ORDER = (*list(OURS)[:2], *THEIRS, *list(OURS)[2:])
 
 
 def config_of(name):
@@ -80,6 +80,8 @@ def ours(config, what, device):
     master, state = OURS[what]
     one_growing_segment()
     model = our_model(config, master, device)
+    if "FP8" in what:
+        fp8.use(model)
     optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state)
     step, recorder = Step(model, optimizer, in_backward=True), None
     if device == "cuda":
@@ -256,7 +258,7 @@ def main():
     rate, record = matmul_rate(device), []
     print(f"{place(device)}, torch {torch.__version__}; large product {rate / 1e12:.1f} TFLOP/s")
     three = [(1, 96, ALL), (1, 2048, chosen.keep), (8, 2048, 0)]
-    jobs = [("4B", what, three + [(8, 2048, ALL)] * (what == ORDER[0])) for what in ORDER]
+    jobs = [("4B", what, three + [(8, 2048, ALL)] * (what in ORDER[:2])) for what in ORDER]
     if chosen.quick:
         jobs = [("tiny", what, [(1, 16, ALL), (2, 32, 0)]) for what in ORDER]
     if chosen.scaling:
