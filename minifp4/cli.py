@@ -198,6 +198,10 @@ def stopping():
         before = {one: signal.signal(one, first) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except BaseException:
+        if parallel.ranks() > 1:  # torchrun ends those who have lost one, and they still say why
+            before.pop(signal.SIGTERM, None)
+        raise
     finally:
         for one, old in before.items():
             signal.signal(one, old)

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, read_lines, small_directory, small_model
 from ranks import CASES
 
-from minifp4 import parallel
+from minifp4 import cli, parallel
 from minifp4.files import atomic, safetensors
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -175,6 +175,18 @@ def test_when_one_is_killed_the_others_end(start):
     file = safetensors.SafeFile(last / "optimizer.safetensors")
     assert all(len(file[name]) for name in file.entries)
     assert not [name for name in names(folder / "killed") if atomic.OURS.fullmatch(name)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process itself")
+def test_one_that_has_lost_another_says_so_though_torchrun_ends_it(monkeypatch):
+    monkeypatch.setattr(parallel, "ranks", lambda: 2)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError), cli.stopping():
+            raise RuntimeError("connection closed by peer")
+        os.kill(os.getpid(), signal.SIGTERM)  # would end the tests
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_ends_all_with_a_checkpoint(start):
