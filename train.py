@@ -625,6 +625,11 @@ def describe(settings, model, counts, optimizer, tokenizer, data, batches, held)
     if settings.product == "fp8":
         slow = "" if device.type == "cuda" else ", here only emulated: the same numbers, slower"
         print(f"note    products of training are in FP8{slow}")
+    describe_data(settings, tokenizer, data, batches, held)
+
+
+def describe_data(settings, tokenizer, data, batches, held):
+    """The last part of that."""
     if data.first:
         print(f"format  {tokenizer.template}")
     kind = ("conversation" if data.first else "text") + "s" * (data.records > 1)

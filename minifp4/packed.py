@@ -45,6 +45,7 @@ KEPT_FROM, KEPT_TO = 2.9, 5.0  # times its scale: where a block's largest number
 PLACES = 16  # of `nvfp4x2` for each code
 MIDDLES = 8, 7  # at which of them the code itself lies, in even and in odd columns
 LAST = 8 * PLACES - 1  # the last place of code 7, counted from the first of code 0
+UPPER = 32 - (DRAWS - 4)  # shifted right by so many bits, a draw rounds a place by its upper ones
 
 
 class Packed(torch.Tensor):
@@ -109,7 +110,7 @@ class Packed(torch.Tensor):
         if self.more is None:
             return {"qdata": pair(e2m1_code(y, bits).flatten(-2)), "scale": scale}
         if bits is not None:  # the step that moved the largest number has used up its lower bits
-            bits = bits >> torch.where(scale.float() == old.float(), 0, 14).int().unsqueeze(-1)
+            bits = bits >> torch.where(scale.float() == old.float(), 0, UPPER).int().unsqueeze(-1)
         middle = MIDDLES[0] - torch.arange(BLOCK, device=x.device) % 2  # 8, 7, 8, 7, ...
         place = (code(y.abs().clamp(max=7.0), bits, PLACES) + middle).clamp(max=LAST).to(torch.uint8)
         codes = place // PLACES | torch.signbit(y).to(torch.uint8) << 3

@@ -19,7 +19,7 @@ only for GPUs of compute capability 8.9 and later. Packed weights are {name: ten
 import torch
 
 from ..nvfp4 import BLOCK, DRAWS, E2M1_MAX, E4M3_MAX, FP32_MAX
-from ..packed import KEPT_FROM, KEPT_TO, LAST, MIDDLES, PLACES
+from ..packed import KEPT_FROM, KEPT_TO, LAST, MIDDLES, PLACES, UPPER
 
 SIGN = -(2**31)  # the bit of the sign in fp32
 ONE, SIX, SEVEN = 0x3F800000, 0x40C00000, 0x40E00000  # the bits of 1.0, 6.0 and 7.0 in fp32
@@ -266,7 +266,7 @@ def encoded(parts, global_scale, finer, x, bits=None, block_bits=None):
         new_scale, x = _stochastic_scale(x, amax, global_scale, block_bits, scale_fits)
     scale = torch.where(scale_fits, old, new_scale)
     if finer:
-        used_up = torch.where(scale == old, 0, 14).to(torch.int32).unsqueeze(-1)  # lower bits of each draw
+        used_up = torch.where(scale == old, 0, UPPER).to(torch.int32).unsqueeze(-1)  # lower bits of each draw
         bits = bits and [half >> used_up for half in in_blocks(bits)]
         return {"scale": e4m3_byte(scale)} | _places(x, scale, encode_scale, bits)
     return dict(zip(("qdata", "scale"), encode(x, encode_scale, bits, scale)))
