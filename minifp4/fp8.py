@@ -25,6 +25,8 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .linear import Products
+
 E4M3 = torch.float8_e4m3fn
 LEAST = 16  # both dimensions of an operand are multiples of it
 
@@ -62,8 +64,8 @@ class Kernels(NamedTuple):
     both: Callable = both
 
 
-class FP8:
-    """`linear.Products`. An operand is (codes, 1 / its scale)."""
+class FP8(Products):
+    """An operand is (codes, 1 / its scale)."""
 
     def __init__(self, kernels=Kernels()):  # noqa: B008
         self.kernels = kernels
@@ -77,10 +79,8 @@ class FP8:
         return self.kernels.columns(by_16(x), scale).flatten(1), inverse
 
     def both(self, x, columns=True):
-        if not columns:  # as large as they will be, but nothing
-            codes, inverse = self.rows(x)
-            absent = codes.new_zeros((), dtype=torch.uint8).view(E4M3)
-            return (codes, inverse), (absent.expand(x.shape[1], by_16(x)[..., 0].numel()), inverse)
+        if not columns:
+            return self.rows(x), absent(x)
         scale, inverse = self.kernels.measure(x)
         codes, transposed = self.kernels.both(by_16(x), scale)
         return (codes.flatten(0, 1)[: len(x)], inverse), (transposed.flatten(1), inverse)
@@ -92,19 +92,31 @@ class FP8:
         return ((a.float() * of_a) @ (b.float() * of_b).T).to(dtype)
 
 
+def absent(x):
+    """What has the shape of x's columns, but takes no memory."""
+    nothing = x.new_zeros((), dtype=torch.float32)
+    return nothing.to(E4M3).expand(x.shape[1], len(x) + missing(x)), nothing
+
+
+def missing(x):
+    """How many rows more would be a multiple of 16."""
+    return -len(x) % LEAST
+
+
 def by_16(x):
-    """[N, K] -> [N / 16, 16, K], rows of 0 added where they are missing."""
-    return F.pad(x, (0, 0, 0, -len(x) % LEAST)).unflatten(0, (-1, LEAST))
+    """[N, K] -> [N / 16, 16, K], with rows of 0 where some are missing."""
+    padded = F.pad(x, (0, 0, 0, missing(x))) if missing(x) else x  # `pad` copies also where it adds nothing
+    return padded.unflatten(0, (-1, LEAST))
 
 
-def use(model):
+def use(model, kind=FP8):
     """Let all layers but the head multiply in FP8; ValueError names a layer that cannot."""
     names = {module: name for name, module in model.named_modules()}
     for layer in model.linears()[:-1]:
         if any(size % LEAST for size in layer.weight.shape):
             shape = " x ".join(map(str, layer.weight.shape))
             raise ValueError(f"--product fp8: {names[layer]} is {shape}, no multiples of {LEAST}")
-        layer.products = FP8()
+        layer.products = kind()
 
 
 def why_not(device):

@@ -149,6 +149,10 @@ class Products:
         """(rows, columns); without `columns` the latter need only have their shape."""
         return self.rows(x), self.columns(x)
 
+    def gradient(self, dy):
+        """(rows, columns) of what comes back."""
+        return self.both(dy)
+
     def multiply(self, a, b, dtype):
         return a[0] @ b[0].T
 
@@ -163,12 +167,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (x, _), how, flat, dx, dweight = ctx.saved_tensors, ctx.how, dy.flatten(0, -2), None, None
+        (x, _), how, dx, dweight = ctx.saved_tensors, ctx.how, None, None
+        rows, columns = how.gradient(dy.flatten(0, -2))
         if ctx.needs_input_grad[0]:
-            w4 = ctx.layer.value(dy.dtype)
-            dx = how.multiply(how.rows(flat), how.columns(w4), dy.dtype).view_as(x)
+            dx = how.multiply(rows, how.columns(ctx.layer.value(dy.dtype)), dy.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
-            dweight = how.multiply(how.columns(flat), how.columns(x.flatten(0, -2)), dy.dtype)
+            dweight = how.multiply(columns, how.columns(x.flatten(0, -2)), dy.dtype)
         return dx, dweight, None, None
 
 

@@ -97,6 +97,35 @@ def test_those_who_read_the_same_numbers_round_them_once(checkpointing):
     assert len(calls) == (7 + 1 + again) * 2
 
 
+class Sixteen(linear.Products):
+    """Another kind, as one would write to try a format: operands in bf16, sums in fp32."""
+
+    def rows(self, x):
+        return (x.bfloat16().float(),)
+
+    def columns(self, x):
+        return self.rows(x.T)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_another_kind_of_products_is_a_class(checkpointing):
+    """Two methods; the wing takes it as it is."""
+    gradients = []
+    for in_wing in (False, True):
+        model = small_model()
+        fp8.use(model, Sixteen)
+        if in_wing:
+            layers.fuse_model(model, layers.EAGER)
+        model.model.activation_checkpointing = checkpointing
+        model.loss(IDS, IDS).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
+    plain = small_model()
+    plain.loss(IDS, IDS).backward()
+    error = torch.cat([p.grad.flatten() for p in plain.parameters()]) - gradients[0]
+    assert 1e-4 < error.norm() / gradients[0].norm() < 1e-2
+
+
 def test_compiled_kernels_have_the_same_bits():
     kernels = layers.compiled_kernels().fp8
     for tokens in (16, 48, 64):

@@ -60,7 +60,7 @@ def fuse_model(model, kernels):
         layer.value = partial(value, layer, kernels)
         layer.forward = Product(layer, kernels)
         if isinstance(layer.products, fp8.FP8):
-            layer.products = fp8.FP8(kernels.fp8)
+            layer.products = type(layer.products)(kernels.fp8)
     for group in dict.fromkeys(layer.group for layer in [*model.linears(), model.model.embed_tokens]):
         group.refit = partial(refit, group, kernels, group.refit)
     for block in model.model.layers:
@@ -200,7 +200,7 @@ class _GatedProduct(torch.autograd.Function):
         x_columns, w_columns, products = saved[: ctx.from_x], saved[ctx.from_x :], ctx.products
         wants_x, wants_gate, wants_weight = ctx.needs_input_grad[:3]
         dx = dgate = dweight = None
-        dy_rows, dy_columns = products.both(dy.flatten(0, -2))
+        dy_rows, dy_columns = products.gradient(dy.flatten(0, -2))
         if wants_x or wants_gate:
             w_columns = w_columns or products.columns(ctx.layer.value(dy.dtype))
             dx = products.multiply(dy_rows, w_columns, dy.dtype).view(ctx.shape)

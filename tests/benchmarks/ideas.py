@@ -14,6 +14,24 @@ from minifp4.fused import update as fused
 from minifp4.nvfp4 import BLOCK, E2M1_MAX, e2m1_code, in_units, pair
 from minifp4.storage import new_scales, root_code
 
+
+
+class Backward(fp8.FP8):
+    """Products of the backward pass alone, so that the forward pass is as it was."""
+
+    def rows(self, x):
+        return (x,)
+
+    def both(self, x, columns=True):
+        return (x,), self.columns(x) if columns else fp8.absent(x)
+
+    def gradient(self, dy):
+        return super().both(dy)
+
+    def multiply(self, a, b, dtype):
+        return a[0] @ b[0].T if len(a) == 1 else super().multiply(a, b, dtype)
+
+
 X2 = {"master": "nvfp4x2", "state": "nvfp4"}
 SINGLE = {"master": "nvfp4", "state": "nvfp4"}
 FP32 = {"master": "fp32", "state": "fp32"}
@@ -26,7 +44,8 @@ IDEAS = {
     # the forward pass
     "fp32 fp32, four over six": FP32 | {"four_over_six": True},
     # products
-    "nvfp4x2 nvfp4, products in FP8": X2 | {"fp8": True},
+    "nvfp4x2 nvfp4, products in FP8": X2 | {"fp8": fp8.FP8},
+    "nvfp4x2 nvfp4, products of gradients in FP8": X2 | {"fp8": Backward},
     # moments
     "bf16 int8": BF16 | {"state": "int8"},
     "nvfp4x2 int8": X2 | {"state": "int8"},
@@ -255,8 +274,8 @@ def quarter(adamw, w, g, m, root, hyper, limited=optim.limited):
 
 def change_weights(model, how):
     """What is to be changed in a new model."""
-    if how.get("fp8"):
-        fp8.use(model)
+    if "fp8" in how:
+        fp8.use(model, how["fp8"])
     if kind := how.get("ends"):
         masters.choose_trained(model, lm_head=True, embed=True, last_layers=1)
         masters.set_masters(model, kind)

@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
+from ideas import Backward
 from timing import place, seconds
 
 import minifp4
@@ -49,6 +50,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head_dim, vocabular
     "32B": (5120, 25600, 64, 64, 8, 128, 151936),
 }
 OURS = {"minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4"), "minifp4 nvfp4 + nvfp4, FP8": ("nvfp4", "nvfp4"),
+        "minifp4 nvfp4 + nvfp4, FP8 backward": ("nvfp4", "nvfp4"),
         "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4"), "minifp4 bf16 + int8": ("bf16", "int8")}  # fmt: skip
 THEIRS = ("HF + fused AdamW", "HF + torchao AdamW8bit", "HF + torchao AdamW4bit")
 ALL, KEPT = 1000, 7  # layers of minifp4 that keep their activations, at 1x96 and, in 9.5 GiB, at 1x2048
@@ -81,7 +83,7 @@ def ours(config, what, device):
     one_growing_segment()
     model = our_model(config, master, device)
     if "FP8" in what:
-        fp8.use(model)
+        fp8.use(model, Backward if "backward" in what else fp8.FP8)
     optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state)
     step, recorder = Step(model, optimizer, in_backward=True), None
     if device == "cuda":
@@ -201,7 +203,7 @@ def measure_all(size, what, batches, device, rate, profiled):
     try:
         run = (ours if what in OURS else theirs)(config, what, device)
     except ImportError as error:
-        print(f"{size:6}{what:28} not measured: {error}")
+        print(f"{size:6}{what:36} not measured: {error}")
         return rows
     for batch, tokens, kept in batches:
         kept = min(kept, config.num_hidden_layers) if what in OURS else 0
@@ -215,7 +217,7 @@ def measure_all(size, what, batches, device, rate, profiled):
         rows.append({"size": size, "what": what, "batch": batch, "tokens": tokens, "kept": kept, **found})
         memory = [f"{found[key]:.2f}" if found[key] else "-" for key in ("gib", "reserved_gib")]
         print(
-            f"{size:6}{what:28}{f'{batch}x{tokens}':>9}{found['ms']:9.1f}{found['spread_ms']:8.1f}"
+            f"{size:6}{what:36}{f'{batch}x{tokens}':>9}{found['ms']:9.1f}{found['spread_ms']:8.1f}"
             f"{found['tokens_per_second']:10,.0f}{memory[0]:>8}{memory[1]:>9}"
             f"{found['matrix_share']:7.2f}{found['mfu'] or math.nan:6.2f}{found['first_s']:7.1f}",
             flush=True,
@@ -265,7 +267,7 @@ def main():
         jobs = [(size, next(iter(OURS)), [(1, 96, ALL), (1, 2048, 0)]) for size in ("0.6B", "1.7B", "8B")]
         jobs += [(size, next(iter(OURS)), [(1, 2048, 0)]) for size in ("14B", "32B")]
         jobs += [("4B", next(iter(OURS)), [(1, tokens, 0) for tokens in (512, 2048, 8192, 16384)])]
-    heads = "{:6}{:28}{:>9}{:>9}{:>8}{:>10}{:>8}{:>9}{:>7}{:>6}{:>7}"
+    heads = "{:6}{:36}{:>9}{:>9}{:>8}{:>10}{:>8}{:>9}{:>7}{:>6}{:>7}"
     names = "batch", "ms", "spread", "tokens/s", "GiB", "reserved", "share", "MFU", "1st s"
     print(heads.format("", "", *names))
     for size, what, batches in jobs:
