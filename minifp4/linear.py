@@ -135,8 +135,8 @@ def value_of(layer, dtype, rows):
 class Products:
     """How training multiplies: here in the activations' precision (`fp8.py` has another way).
 
-    Every product is multiply(rows(a), rows(b)), a @ b.T of matrices [N, K]; where columns meet, `columns`
-    transposes. An operand is a tuple of tensors.
+    The rows of one matrix meet the rows of another, multiply(rows(a), rows(b)) = a @ b.T; where columns meet,
+    `columns` makes rows of them. What these make of a matrix [N, K] is a tuple of tensors, an operand.
     """
 
     def rows(self, x):
@@ -154,6 +154,7 @@ class Products:
         return self.both(dy)
 
     def multiply(self, a, b, dtype):
+        """[N, K] and [M, K] -> [N, M] in `dtype`."""
         return a[0] @ b[0].T
 
 
@@ -162,16 +163,16 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, weight, layer, how):
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.how = layer, how
-        y = how.multiply(how.rows(x.flatten(0, -2)), how.rows(layer.value(x.dtype)), x.dtype)
+        y = how.multiply(how.rows(x.flatten(0, -2)), how.rows(layer.value(x.dtype)), x.dtype)  # x @ w4.T
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy):
         (x, _), how, dx, dweight = ctx.saved_tensors, ctx.how, None, None
         rows, columns = how.gradient(dy.flatten(0, -2))
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:  # dy @ w4
             dx = how.multiply(rows, how.columns(ctx.layer.value(dy.dtype)), dy.dtype).view_as(x)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # dy.T @ x
             dweight = how.multiply(columns, how.columns(x.flatten(0, -2)), dy.dtype)
         return dx, dweight, None, None
 
