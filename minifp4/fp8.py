@@ -1,8 +1,8 @@
 """Matrix products in FP8: twice as fast on GPUs that have them, and rounded.
 
 E4M3 (Micikevicius et al. 2022) is a float of 8 bits: three of mantissa, magnitudes from 2**-9 to 448. Tensor
-cores multiply two such numbers exactly and add in fp32; what is lost is lost before, when an operand of bf16
-is rounded from 8 to 4 significant bits:
+cores multiply two such numbers exactly; what is lost is lost before, when an operand of bf16 is rounded from
+8 to 4 significant bits:
 
     codes = E4M3(x * scale)        x is about codes / scale        a @ b.T = (codes_a @ codes_b.T) / scales
 
@@ -11,7 +11,7 @@ largest number to between 128 and 256. A float loses nothing by the half of its 
 nothing is ever cut off. The scale is measured of every operand: nothing of it is remembered from one step to
 the next, so that a run that goes on computes what it would have.
 
-Infinities and NaN become NaN, in all of the product, so that the step is skipped.
+An infinity or a NaN makes NaN of the whole product, so that its step is skipped.
 
 Hopper's tensor cores read both operands along the dimension that is added up. bf16 they transpose on the way,
 FP8 they do not; so an operand that is needed along both dimensions is stored twice (`FP8.both`).
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from .linear import Products
 
 E4M3 = torch.float8_e4m3fn
-LEAST = 16  # both dimensions of an operand are multiples of it
+LEAST = 16  # what is added up, and what a weight makes of it, are multiples of so many numbers
 
 
 def measure(x):
@@ -87,7 +87,7 @@ class FP8(Products):
 
     def multiply(self, a, b, dtype):
         (a, of_a), (b, of_b) = a, b
-        if a.is_cuda:
+        if a.is_cuda:  # fast: sums of about 14 bits, far more than an operand has
             return torch._scaled_mm(a, b.T, scale_a=of_a, scale_b=of_b, out_dtype=dtype, use_fast_accum=True)
         return ((a.float() * of_a) @ (b.float() * of_b).T).to(dtype)
 
