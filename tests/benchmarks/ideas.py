@@ -49,6 +49,7 @@ IDEAS = {
     # moments
     "bf16 int8": BF16 | {"state": "int8"},
     "nvfp4x2 int8": X2 | {"state": "int8"},
+    "nvfp4x2 nvfp4, sqrt(v) in int8": X2 | {"state": "int8 root"},
     "bf16 nvfp4, m in int8": BF16 | {"state": "int8 m"},
     "bf16 nvfp4, sqrt(v) in int8": BF16 | {"state": "int8 root"},
     "bf16 nvfp4, 8 levels to nearest": BF16 | {"state": "eight levels"},
