@@ -459,6 +459,8 @@ def prepare_model(settings, source, device):
         model, tokenizer = checkpoint.load(directory, input_dat=input_dat, **how)
     dtype = settings.compute_dtype and FLOATS[settings.compute_dtype]
     model.set_compute_dtype(dtype or masters.default_compute_dtype(device))
+    if settings.product == "fp8":
+        fp8.use(model)
     model.model.activation_checkpointing = settings.activation_checkpointing
     model.model.keep_activations = max(0, settings.keep_activations)  # if AUTO: those that `Keeper` finds
     return model, tokenizer
@@ -512,8 +514,6 @@ def make_optimizer(model, settings):
 def make_step(model, optimizer, settings, memory):
     """The `Step` of this run, fused and recorded if that is asked for."""
     clip = settings.grad_clip
-    if settings.product == "fp8":
-        fp8.use(model)
     if settings.compile:
         from minifp4.fused import fuse
 

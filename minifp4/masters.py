@@ -95,8 +95,6 @@ def set_masters(model, kind, device=None, finer_ends=False):
     """
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     left = dict(model.named_parameters())
-    last = f"model.layers.{model.config.num_hidden_layers - 1}."
-    ends = "lm_head.", "model.embed_tokens.", last
     for layer in [*model.linears(), model.model.embed_tokens]:
         group = [names[other] for other in layer.group.layers if names[other] in left]
         for name in group:
@@ -107,7 +105,8 @@ def set_masters(model, kind, device=None, finer_ends=False):
             p = model.get_parameter(name)
             if not p.requires_grad:
                 continue
-            finer = kind == "nvfp4x2" or finer_ends and name.startswith(ends)
+            at_an_end = name.startswith(ends(model.config.num_hidden_layers))
+            finer = kind == "nvfp4x2" or finer_ends and at_an_end
             if not agrees:  # packed by another program, which kept a global scale for each
                 p = stored_values(p)
             value = stored_values(p).to(FLOATS[kind]) if kind in FLOATS else pack(p, scale, finer)
@@ -116,6 +115,11 @@ def set_masters(model, kind, device=None, finer_ends=False):
         _replace(model, name, p.to(device))
     read_ends(model, [name for name, p in model.named_parameters() if p.requires_grad])
     model.set_compute_dtype(model.model.compute_dtype)
+
+
+def ends(layers):
+    """How the names of head, embedding and the last of so many layers begin."""
+    return "lm_head.", "model.embed_tokens.", f"model.layers.{layers - 1}."
 
 
 def _replace(model, name, value):

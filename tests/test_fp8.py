@@ -165,12 +165,8 @@ def test_what_cannot_be_is_said(tmp_path, tsv, monkeypatch):
 @pytest.mark.parametrize("tokens", [16, 33, 4096])
 def test_tensor_cores_on_a_gpu_multiply_the_same_numbers(tokens):
     """Exactly, but they add up in another order and with fewer bits, and round to bf16."""
-    x, w, kernels = (
-        normal(tokens, 256).cuda().bfloat16(),
-        normal(512, 256).cuda().bfloat16(),
-        layers.compiled_kernels().fp8,
-    )
-    for way in (fp8.FP8(), fp8.FP8(kernels)):
+    x, w = (normal(count, 256).cuda().bfloat16() for count in (tokens, 512))
+    for way in (fp8.FP8(), fp8.FP8(layers.compiled_kernels().fp8)):
         for a, b in ((way.rows(x), way.rows(w)), (way.columns(x), way.both(x)[1])):
             found = way.multiply(a, b, torch.bfloat16).float()
             exact = (a[0].double() * a[1]) @ (b[0].double() * b[1]).T

@@ -51,7 +51,7 @@ class Kernels(NamedTuple):
     gated_backward: Callable  # `_gated_backward`
     norms: norms.Kernels
     elementwise: Elementwise  # of the loss
-    fp8: fp8.Kernels
+    fp8: fp8.Kernels  # what its products read
 
 
 def fuse_model(model, kernels):

@@ -15,7 +15,6 @@ from minifp4.nvfp4 import BLOCK, E2M1_MAX, e2m1_code, in_units, pair
 from minifp4.storage import new_scales, root_code
 
 
-
 class Backward(fp8.FP8):
     """Products of the backward pass alone, so that the forward pass is as it was."""
 
@@ -207,8 +206,8 @@ def apply(how):
 
 def parts_of(optimizer, plain, state, name, p):
     """`AdamW._parts` with other moments for head, embedding and last layer."""
-    layers = {int(other.split(".")[2]) for other in optimizer.parameters if ".layers." in other}
-    ends = ("lm_head.", "model.embed_tokens.", f"model.layers.{max(layers)}.")
+    layers = {other.split(".")[2] for other in optimizer.parameters if ".layers." in other}
+    ends = masters.ends(len(layers))
     kept, optimizer.state = optimizer.state, state if name.startswith(ends) else optimizer.state
     try:
         return plain(optimizer, name, p)

@@ -34,6 +34,7 @@ from timing import place, seconds
 import minifp4
 from minifp4 import fp8, masters, packed
 from minifp4.fused import fuse, record
+from minifp4.linear import Products
 from minifp4.memory import one_growing_segment
 from minifp4.model import Config, Qwen3
 from minifp4.step import Step
@@ -49,9 +50,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv heads, head_dim, vocabular
     "14B": (5120, 17408, 40, 40, 8, 128, 151936),
     "32B": (5120, 25600, 64, 64, 8, 128, 151936),
 }
-OURS = {"minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4"), "minifp4 nvfp4 + nvfp4, FP8": ("nvfp4", "nvfp4"),
-        "minifp4 nvfp4 + nvfp4, FP8 backward": ("nvfp4", "nvfp4"),
-        "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4"), "minifp4 bf16 + int8": ("bf16", "int8")}  # fmt: skip
+OURS = {  # masters, moments, products
+    "minifp4 nvfp4 + nvfp4": ("nvfp4", "nvfp4", Products),
+    "minifp4 nvfp4 + nvfp4, FP8": ("nvfp4", "nvfp4", fp8.FP8),
+    "minifp4 nvfp4 + nvfp4, FP8 backward": ("nvfp4", "nvfp4", Backward),
+    "minifp4 nvfp4x2 + nvfp4": ("nvfp4x2", "nvfp4", Products),
+    "minifp4 bf16 + int8": ("bf16", "int8", Products),
+}
 THEIRS = ("HF + fused AdamW", "HF + torchao AdamW8bit", "HF + torchao AdamW4bit")
 ALL, KEPT = 1000, 7  # layers of minifp4 that keep their activations, at 1x96 and, in 9.5 GiB, at 1x2048
 ORDER = (*list(OURS)[:2], *THEIRS, *list(OURS)[2:])
@@ -79,11 +84,10 @@ def our_model(config, master, device):
 
 def ours(config, what, device):
     """A function (ids, kept) -> one step in which so many layers keep their activations."""
-    master, state = OURS[what]
+    master, state, products = OURS[what]
     one_growing_segment()
     model = our_model(config, master, device)
-    if "FP8" in what:
-        fp8.use(model, Backward if "backward" in what else fp8.FP8)
+    fp8.use(model, products)
     optimizer = minifp4.AdamW(model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), state=state)
     step, recorder = Step(model, optimizer, in_backward=True), None
     if device == "cuda":
