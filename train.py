@@ -441,8 +441,10 @@ def digest(settings):
 
 
 def prepare_model(settings, source, device):
-    """The model and tokenizer to start from, on `device`."""
-    directory, how = source or Path(settings.model), {"quantize": settings.quantize, "device": device}
+    """The model and tokenizer to start from: on `device`, but a new model, which `set_masters` brings there
+    packed, on the CPU."""
+    directory = source or Path(settings.model)
+    how = {"quantize": settings.quantize, "device": device if source else "cpu"}
     if settings.init_random and not source:
         config = checkpoint.read_config(directory)
         if not (directory / "tokenizer.json").is_file():
@@ -454,8 +456,6 @@ def prepare_model(settings, source, device):
         model = masters.initialize(config, settings.seed, **how)
     else:
         input_dat = None if source else settings.input_dat
-        if not source:
-            how["device"] = "cpu"  # `set_masters` brings it to the device, packed
         model, tokenizer = checkpoint.load(directory, input_dat=input_dat, **how)
     dtype = settings.compute_dtype and FLOATS[settings.compute_dtype]
     model.set_compute_dtype(dtype or masters.default_compute_dtype(device))

@@ -32,8 +32,9 @@ LEAST = 16  # what is added up, and what a weight makes of it, are multiples of 
 
 
 def measure(x):
-    """(scale, 1 / scale), fp32 [], of a tensor of any shape; the latter NaN if not all of it is finite."""
-    largest = x.abs().amax().float()
+    """(scale, 1 / scale), fp32 [], of x [N / 16, 16, K]; the latter NaN if not all of it is finite."""
+    # In two steps: the compiler's one that leaves a single number reads memory at a third of its speed.
+    largest = x.flatten(1).abs().amax(1).amax().float()
     exponent = (largest.view(torch.int32) >> 23).clamp(8, 254)  # + 127: the largest is 1 to 2 times 2**it
     scale, inverse = ((bits << 23).view(torch.float32) for bits in (261 - exponent, exponent - 7))
     return scale, inverse + largest * 0
@@ -65,30 +66,41 @@ class Kernels(NamedTuple):
 
 
 class FP8(Products):
-    """An operand is (codes, 1 / its scale)."""
+    """An operand is (codes, 1 / its scale), and of a gradient also True.
+
+    Tensor cores keep about 14 bits of a sum and cut off the rest: of 16,384 numbers that lean to one side
+    nearly 4 % get lost. A layer adds up a few thousand features, but its gradient all tokens of a batch. So
+    in the backward pass short sums are added up in fp32, which takes an eighth longer.
+    """
 
     def __init__(self, kernels=Kernels()):  # noqa: B008
         self.kernels = kernels
 
     def rows(self, x):
-        scale, inverse = self.kernels.measure(x)
+        scale, inverse = self.kernels.measure(by_16(x))
         return self.kernels.rows(x, scale), inverse
 
     def columns(self, x):
+        x = by_16(x)
         scale, inverse = self.kernels.measure(x)
-        return self.kernels.columns(by_16(x), scale).flatten(1), inverse
+        return self.kernels.columns(x, scale).flatten(1), inverse
 
     def both(self, x, columns=True):
         if not columns:
             return self.rows(x), absent(x)
-        scale, inverse = self.kernels.measure(x)
-        codes, transposed = self.kernels.both(by_16(x), scale)
+        sixteens = by_16(x)
+        scale, inverse = self.kernels.measure(sixteens)
+        codes, transposed = self.kernels.both(sixteens, scale)
         return (codes.flatten(0, 1)[: len(x)], inverse), (transposed.flatten(1), inverse)
 
+    def gradient(self, dy):
+        return tuple((*operand, True) for operand in self.both(dy))
+
     def multiply(self, a, b, dtype):
-        (a, of_a), (b, of_b) = a, b
-        if a.is_cuda:  # fast: sums of about 14 bits, far more than an operand has
-            return torch._scaled_mm(a, b.T, scale_a=of_a, scale_b=of_b, out_dtype=dtype, use_fast_accum=True)
+        (a, of_a, *comes_back), (b, of_b) = a, b
+        if a.is_cuda:
+            how = {"out_dtype": dtype, "use_fast_accum": not comes_back}
+            return torch._scaled_mm(a, b.T, scale_a=of_a, scale_b=of_b, **how)
         return ((a.float() * of_a) @ (b.float() * of_b).T).to(dtype)
 
 

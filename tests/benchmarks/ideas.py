@@ -25,10 +25,24 @@ class Backward(fp8.FP8):
         return (x,), self.columns(x) if columns else fp8.absent(x)
 
     def gradient(self, dy):
-        return super().both(dy)
+        return tuple((*operand, True) for operand in super().both(dy))
 
     def multiply(self, a, b, dtype):
         return a[0] @ b[0].T if len(a) == 1 else super().multiply(a, b, dtype)
+
+
+class FastSums(fp8.FP8):
+    """Sums as the tensor cores make them, in the backward pass too."""
+
+    def gradient(self, dy):
+        return self.both(dy)
+
+
+class ExactSums(fp8.FP8):
+    """Sums in fp32, in the forward pass too."""
+
+    def multiply(self, a, b, dtype):
+        return super().multiply((*a[:2], True), b, dtype)
 
 
 X2 = {"master": "nvfp4x2", "state": "nvfp4"}
@@ -44,6 +58,8 @@ IDEAS = {
     "fp32 fp32, four over six": FP32 | {"four_over_six": True},
     # products
     "nvfp4x2 nvfp4, products in FP8": X2 | {"fp8": fp8.FP8},
+    "nvfp4x2 nvfp4, products in FP8, fast sums": X2 | {"fp8": FastSums},
+    "nvfp4x2 nvfp4, products in FP8, exact sums": X2 | {"fp8": ExactSums},
     "nvfp4x2 nvfp4, products of gradients in FP8": X2 | {"fp8": Backward},
     # moments
     "bf16 int8": BF16 | {"state": "int8"},
@@ -77,6 +93,7 @@ IDEAS = {
     "nvfp4 nvfp4, half of the errors into m": SINGLE | {"state": "wide", "errors": 0.5},
     # settings
     "nvfp4x2 nvfp4, head, embedding, last layer bf16": X2 | {"ends": "bf16"},
+    "nvfp4x2 nvfp4, the same bf16, their moments int8": X2 | {"ends": "bf16", "ends_state": "int8"},
     "nvfp4x2 nvfp4, beta1 .95": X2 | {"beta1": 0.95},
     "fp32 fp32, beta1 .95": FP32 | {"beta1": 0.95},
     "nvfp4 nvfp4, beta1 .95": SINGLE | {"beta1": 0.95},

@@ -400,6 +400,7 @@ def lengths(size):
 PARTS = {
     "scratch": (GRID, scratch),
     "tune": (TUNED, lambda size: tuning(size, TUNING if size["hidden"] == FULL["hidden"] else TUNING[1:])),
+    "talk": (TUNED, lambda size: tuning(size, TUNING[2:])),
     "lora": (BESIDE | LORA, lambda size: tuning(size, [("c++", lr) for lr in RATES])),
     "ideas": (ideas.IDEAS, scratch),
     "tuned-ideas": (ideas.IDEAS, lambda size: tuning(size, TUNING[:2])),
