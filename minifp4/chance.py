@@ -17,8 +17,8 @@ A weight that swings between two codes has its draws come back when the update t
 moves a little more than was asked for; `moved` shows it. And a draw is any number only for one who does not
 know what the last ones did. Where a move of a block's largest number brings a new scale, `packed.py` takes
 upper bits instead of the lower ones that made it move. And m, which loses a tenth in each step, loses a
-little more: where its gradients are constant it is 4 % too small, as if beta1 were .896. That is the price
-for a fifth less of its noise.
+little more: where gradients are noisy it is 5 % too small, as if beta1 were .895. That is the price for a
+fifth less of its noise.
 """
 
 import hashlib

@@ -1,4 +1,5 @@
-"""What random draws that turn do for a weight: AdamW on a noisy quadratic, weights on an even grid.
+"""What random draws that turn do for a weight: AdamW on a noisy quadratic, weights on an even grid; and what
+moments of few bits make of a step.
 
     python tests/benchmarks/draws.py        a CPU, two minutes
 
@@ -6,6 +7,10 @@
 rate). For some ratios of the rate to the gap of the grid: how much rounding adds to the mean square of the
 distance, with draws that turn (`chance.py`) as a part of that with draws that are new in each step, and
 `moved` of both.
+
+Then AdamW's moments of gradients that are twice as noisy as they are long, in 1,024 blocks whose sizes spread
+by some octaves (standard deviation): how large the stored m is, how long steps are for the stored sqrt(v),
+both as parts of the exact ones, and by how much these lengths spread.
 """
 
 import sys
@@ -15,9 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from ideas import new_key
+import ideas
 
-from minifp4 import chance
+import minifp4
+from minifp4 import chance, storage
 
 WEIGHTS, STEPS, SPREAD = 4096, 2000, 0.02
 RATIOS = 1 / 27, 1 / 8, 0.6, 2.0
@@ -43,15 +49,41 @@ def trained(lr, gap, key=chance.rounding_key):
     return total / (STEPS // 2), (stored / requested).item()
 
 
+def moments(state, octaves, steps=300):
+    """(size of m, mean length of a step, its standard deviation) of AdamW's `state`, after 100 steps."""
+    generator, everything = torch.Generator().manual_seed(0), slice(None)
+    size = 2 ** (torch.randn(32, 512, generator=generator) * octaves)
+    mean = torch.randn(size.shape, generator=generator) * size / 2
+    weight = torch.nn.Parameter(torch.zeros_like(size))
+    optimizer = minifp4.AdamW([("w", weight)], lr=1e-3, betas=(0.9, 0.95), state=state)
+    [part], m, v, sizes, lengths = optimizer.all_parts(), 0.0, 0.0, [], []
+    for step in range(1, steps + 1):
+        weight.grad = mean + size * torch.randn(size.shape, generator=generator)
+        m, v = 0.9 * m + 0.1 * weight.grad, 0.95 * v + 0.05 * weight.grad.square()
+        optimizer.step()
+        if step > 100:
+            stored_m, root = (store.read(everything) for store in part.stores[1:])
+            sizes.append((stored_m * mean).sum() / (m * mean).sum())
+            lengths.append(v.sqrt() / root)
+    lengths = torch.stack(lengths)
+    return torch.stack(sizes).mean().item(), lengths.mean().item(), lengths.std().item()
+
+
 def main():
     print(f"{'lr / gap':>8}{'turning':>9}{'moved':>8}{'moved, new':>12}")
     for ratio in RATIOS:
         lr = 1e-3 if ratio == 2 else 3e-4
         exact, _ = trained(lr, 0)
         turning, moved = trained(lr, lr / ratio)
-        new, moved_new = trained(lr, lr / ratio, new_key)
+        new, moved_new = trained(lr, lr / ratio, ideas.new_key)
         part = (turning - exact) / (new - exact)
         print(f"{ratio:8.3f}{part:9.2f}{moved:8.3f}{moved_new:12.3f}", flush=True)
+    print(f"\n{'moments':10}{'octaves':>10}{'m':>8}{'step':>8}{'spread':>8}")
+    storage.KINDS.update(ideas.KINDS)
+    for state in ("int8", "nvfp4", "fine top"):
+        for octaves in (0.3, 0.5, 1.0):
+            found = moments(state, octaves)
+            print(f"{state:10}{octaves:10.1f}" + "".join(f"{x:8.3f}" for x in found), flush=True)
 
 
 if __name__ == "__main__":

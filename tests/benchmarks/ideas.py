@@ -11,7 +11,9 @@ import torch
 from minifp4 import chance, fp8, masters, nvfp4, optim, packed, storage
 from minifp4.fused import codes
 from minifp4.fused import update as fused
-from minifp4.nvfp4 import BLOCK, E2M1_MAX, e2m1_code, in_units, pair
+from minifp4.nvfp4 import (
+    BLOCK, DRAWS, E2M1_MAX, code_table, e2m1_code, from_units, in_units, look_up, pair,
+)  # fmt: skip
 from minifp4.storage import new_scales, root_code
 
 
@@ -70,6 +72,9 @@ IDEAS = {
     "bf16 nvfp4, 8 levels to nearest": BF16 | {"state": "eight levels"},
     "bf16 nvfp4, 16 levels to nearest": BF16 | {"state": "nearest root"},
     "bf16 nvfp4, 16 draws a block for sqrt(v)": BF16 | {"state": "own draws"},
+    "bf16 nvfp4, sqrt(v) finer at the top": BF16 | {"state": "fine top"},
+    "nvfp4x2 nvfp4, sqrt(v) finer at the top": X2 | {"state": "fine top"},
+    "nvfp4 nvfp4, sqrt(v) finer at the top": SINGLE | {"state": "fine top"},
     "bf16 nvfp4, block scale of sqrt(v) upward": BF16 | {"state": "upward root"},
     "bf16 nvfp4, block scale of m to nearest": BF16 | {"state": "nearest scale"},
     "bf16 nvfp4, updates of at most 5 x lr": BF16 | {"limit": 5.0},
@@ -168,6 +173,27 @@ class OwnDraws(Variant):
         return root_code(y, bits)
 
 
+class FineTop(Variant):
+    """Four levels an octave down to a sixth of the largest number, one an octave below."""
+
+    levels = torch.tensor(
+        [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6]
+    )
+
+    def code(self, y, bits):
+        octaves = y.clamp(self.levels[0], E2M1_MAX).view(torch.int32) - (127 << 23)  # above 1, 23 bits each
+        fine = torch.maximum(octaves, octaves << 2) + (5 << 23) >> 23 - DRAWS
+        share = 2 ** (DRAWS - 1) if bits is None else storage.shared(bits) + 2 ** (DRAWS - 1) & 2**DRAWS - 1
+        return (fine + share >> DRAWS).to(torch.uint8)
+
+    def read(self, rows):
+        if not self.positive:
+            return super().read(rows)
+        qdata, scale, row_scale = (tensor[rows] for tensor in self.tensors.values())
+        table = code_table(self.levels.tolist())
+        return from_units(look_up(qdata, table), scale, row_scale)
+
+
 class UpwardRoot(Variant):
     upward = True
 
@@ -194,6 +220,7 @@ KINDS = {
     "int8 root": mixed(storage.NVFP4Moment, storage.Int8Moment),
     "plain": Plain, "wide": Wide, "eight levels": EightLevels, "nearest root": NearestRoot,
     "own draws": OwnDraws, "upward root": UpwardRoot, "nearest scale": NearestScale,
+    "fine top": FineTop,
 }  # fmt: skip
 
 
