@@ -164,8 +164,8 @@ def test_what_cannot_be_is_said(tmp_path, tsv, monkeypatch):
 @GPU
 @pytest.mark.parametrize("tokens", [16, 33, 4096])
 def test_tensor_cores_on_a_gpu_multiply_the_same_numbers(tokens):
-    """Exactly, but they add up in another order and with fewer bits, and round to bf16. A gradient's sums,
-    over tokens, have more bits: x times itself is all squares, which lean to one side."""
+    """Exactly, but they add up in another order and with fewer bits, and round to bf16. Sums over tokens have
+    more bits: x times itself is all squares, which lean to one side."""
     x, w = (normal(count, 256).cuda().bfloat16() for count in (tokens, 512))
     for way in (fp8.FP8(), fp8.FP8(layers.compiled_kernels().fp8)):
         for a, b in ((way.rows(x), way.rows(w)), (way.gradient(x)[1], way.columns(x))):

@@ -27,21 +27,22 @@ class Backward(fp8.FP8):
         return (x,), self.columns(x) if columns else fp8.absent(x)
 
     def gradient(self, dy):
-        return tuple((*operand, True) for operand in super().both(dy))
+        rows, columns = super().both(dy)
+        return rows, (*columns, True)
 
     def multiply(self, a, b, dtype):
         return a[0] @ b[0].T if len(a) == 1 else super().multiply(a, b, dtype)
 
 
 class FastSums(fp8.FP8):
-    """Sums as the tensor cores make them, in the backward pass too."""
+    """All sums as the tensor cores make them."""
 
     def gradient(self, dy):
         return self.both(dy)
 
 
 class ExactSums(fp8.FP8):
-    """Sums in fp32, in the forward pass too."""
+    """All sums in fp32."""
 
     def multiply(self, a, b, dtype):
         return super().multiply((*a[:2], True), b, dtype)
