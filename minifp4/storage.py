@@ -103,7 +103,7 @@ class NVFP4Moment:
     costs nothing, because block scales are floating-point numbers.
     """
 
-    least = 0  # the smallest code of sqrt(v)
+    roots, least = ROOT_TABLE, 0  # the numbers of sqrt(v)'s codes, and its smallest code
 
     def __init__(self, shape, device, positive):
         self.positive, (rows, k) = positive, shape
@@ -115,7 +115,7 @@ class NVFP4Moment:
 
     def read(self, rows):
         qdata, scale, row_scale = (tensor[rows] for tensor in self.tensors.values())
-        codes = look_up(qdata, ROOT_TABLE if self.positive else E2M1_TABLE)
+        codes = look_up(qdata, self.roots if self.positive else E2M1_TABLE)
         return from_units(codes, scale, row_scale)
 
     def floored(self):

@@ -11,9 +11,7 @@ import torch
 from minifp4 import chance, fp8, masters, nvfp4, optim, packed, storage
 from minifp4.fused import codes
 from minifp4.fused import update as fused
-from minifp4.nvfp4 import (
-    BLOCK, DRAWS, E2M1_MAX, code_table, e2m1_code, from_units, in_units, look_up, pair,
-)  # fmt: skip
+from minifp4.nvfp4 import BLOCK, DRAWS, E2M1_MAX, code_table, e2m1_code, in_units, pair
 from minifp4.storage import new_scales, root_code
 
 
@@ -27,8 +25,7 @@ class Backward(fp8.FP8):
         return (x,), self.columns(x) if columns else fp8.absent(x)
 
     def gradient(self, dy):
-        rows, columns = super().both(dy)
-        return rows, (*columns, True)
+        return fp8.FP8(self.kernels).gradient(dy)
 
     def multiply(self, a, b, dtype):
         return a[0] @ b[0].T if len(a) == 1 else super().multiply(a, b, dtype)
@@ -177,22 +174,13 @@ class OwnDraws(Variant):
 class FineTop(Variant):
     """Four levels an octave down to a sixth of the largest number, one an octave below."""
 
-    levels = torch.tensor(
-        [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6]
-    )
+    roots = code_table([1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6])
 
     def code(self, y, bits):
-        octaves = y.clamp(self.levels[0], E2M1_MAX).view(torch.int32) - (127 << 23)  # above 1, 23 bits each
+        octaves = y.clamp(1 / 32, E2M1_MAX).view(torch.int32) - (127 << 23)  # above 1, 23 bits each
         fine = torch.maximum(octaves, octaves << 2) + (5 << 23) >> 23 - DRAWS
         share = 2 ** (DRAWS - 1) if bits is None else storage.shared(bits) + 2 ** (DRAWS - 1) & 2**DRAWS - 1
         return (fine + share >> DRAWS).to(torch.uint8)
-
-    def read(self, rows):
-        if not self.positive:
-            return super().read(rows)
-        qdata, scale, row_scale = (tensor[rows] for tensor in self.tensors.values())
-        table = code_table(self.levels.tolist())
-        return from_units(look_up(qdata, table), scale, row_scale)
 
 
 class UpwardRoot(Variant):
