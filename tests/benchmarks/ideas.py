@@ -243,8 +243,8 @@ def apply(how):
         optim.rounding_key = new_key
     if "moments_turn" in how:
         optim.rounding_key = partial(other_key, how["moments_turn"])
-    if how.get("even"):
-        optim.master = lambda rows: (EvenPlaces if len(rows) > 1 else storage.Float)(rows)
+    if how.get("even"):  # matrices; a norm's weights are one row
+        optim.master = lambda weight: (EvenPlaces if len(weight) > 1 else storage.Float)(weight)
     if how.get("relative"):
         optim.adamw = fused.adamw = partial(relative, optim.adamw)
     if how.get("middles"):
