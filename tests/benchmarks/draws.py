@@ -83,18 +83,19 @@ def weights(kind, steps=1000):
     weight = torch.nn.Parameter(start.bfloat16() if kind == "bf16" else start)
     optimizer = minifp4.AdamW([("w", weight)], betas=(0.9, 0.95), weight_decay=0.1, state="fp32")
     for step in range(steps):
-        gradient = values(weight, scale)[1] - goal + 0.08 * torch.randn(goal.shape, generator=generator)
+        gradient = read(weight, scale) - goal + 0.08 * torch.randn(goal.shape, generator=generator)
         weight.grad = gradient.bfloat16().to(weight.dtype)
         optimizer.lr = 1e-3 * min(1, (steps - step) / (0.3 * steps))
         optimizer.step()
-    return [(x - goal).square().mean().item() for x in values(weight, scale)]
+    stored = packed.stored_values(weight).float()
+    return [(x - goal).square().mean().item() for x in (stored, read(weight, scale))]
 
 
-def values(weight, scale):
-    """(what is stored, what products read)"""
-    stored = packed.stored_values(weight.detach()).float()
-    is_packed = isinstance(weight, packed.Packed)
-    return stored, weight.decode() if is_packed else nvfp4.fake_quantize(stored, scale)
+def read(weight, scale):
+    """What products read of it."""
+    if isinstance(weight, packed.Packed):
+        return weight.decode()
+    return nvfp4.fake_quantize(weight.detach().float(), scale)
 
 
 def main():

@@ -182,9 +182,8 @@ class FineTop(Variant):
 
     def code(self, y, bits):
         octaves = y.clamp(1 / 32, E2M1_MAX).view(torch.int32) - (127 << 23)  # above 1, 23 bits each
-        fine = torch.maximum(octaves, octaves << 2) + (5 << 23) >> 23 - DRAWS
-        share = 2 ** (DRAWS - 1) if bits is None else storage.shared(bits) + 2 ** (DRAWS - 1) & 2**DRAWS - 1
-        return (fine + share >> DRAWS).to(torch.uint8)
+        fine = torch.maximum(octaves >> 1, octaves << 1) + (5 << DRAWS)  # a code is 22 bits long
+        return root_code((fine + (122 << 23)).view(torch.float32), storage.shared(bits))  # on its ruler
 
 
 class EvenPlaces(storage.Float):
